@@ -147,7 +147,8 @@ def task(hint: Hint) -> TaskScope:
     import torch  # not at import: hints are read by tools that run no model
 
     if torch.compiler.is_compiling():
-        return _traced_scope(resolve_hint(hint))
+        traced: TaskScope = _traced_scope(resolve_hint(hint))
+        return traced
     return _EagerScope(resolve_hint(hint))
 
 
@@ -229,8 +230,8 @@ def _decorate(fn: _Fn, task_class: TaskClass) -> _Fn:
                 return fn(*args, **kwargs)
 
         wrapper = held
-    wrapped: _Fn = functools.wraps(fn)(wrapper)
-    return wrapped
+    wrapped: Any = functools.wraps(fn)(wrapper)
+    return wrapped  # type: ignore[no-any-return]
 
 
 class _Steps:

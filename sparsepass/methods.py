@@ -39,13 +39,16 @@ class Method:
         """This method as query head ``head`` sees it."""
         return self
 
+    def uniform(self) -> Method:
+        """This method with every head given what the costliest head has."""
+        return self
+
     @classmethod
     def merge_heads(cls, heads: Sequence[Method]) -> Method:
         """One method for a whole site from one per query head. Raises ``PolicyError`` if this one cannot differ."""
         if len(set(heads)) == 1:
             return heads[0]
-        given = ", ".join(sorted({encode_budget(to_budget(head)) for head in heads}))
-        raise PolicyError(f"The heads of one layer have different budgets ({given}); {cls.name} accepts one for all.")
+        raise _cannot_differ(cls, heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,9 @@ class PooledTopK(Method):
             )
         return PooledTopK(self.head_densities[head], self.block)
 
+    def uniform(self) -> PooledTopK:
+        return PooledTopK(self.density, self.block)
+
     @classmethod
     def merge_heads(cls, heads: Sequence[Method]) -> Method:
         """Dense heads become density 1 where others are sparse: one launch serves the whole site."""
@@ -114,7 +120,7 @@ class PooledTopK(Method):
             return heads[0]
         blocks = {head.block for head in heads if isinstance(head, PooledTopK)}
         if len(blocks) != 1 or not all(isinstance(head, PooledTopK | Dense) for head in heads):
-            return Method.merge_heads.__func__(cls, heads)  # type: ignore[attr-defined, no-any-return]
+            raise _cannot_differ(cls, heads)
         densities = tuple(head.max_density for head in heads)
         return cls(max(densities), blocks.pop(), densities)
 
@@ -130,6 +136,11 @@ def _density(what: str, value: Any) -> float:
     if not number or math.isnan(value) or not 0 < value <= 1:
         raise PolicyError(f"pooled_topk {what} is {value!r}; accepted is a number above 0 and at most 1.")
     return float(value)
+
+
+def _cannot_differ(method: type[Method], heads: Sequence[Method]) -> PolicyError:
+    given = ", ".join(sorted({encode_budget(to_budget(head)) for head in heads}))
+    return PolicyError(f"The heads of one layer have budgets that {method.name} cannot run together: {given}.")
 
 
 def method_names() -> tuple[str, ...]:
