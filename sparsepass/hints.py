@@ -98,6 +98,12 @@ def current_task() -> TaskClass:
     return TaskClass.UNKNOWN if frame is None else frame.task_class
 
 
+def current_hint() -> TaskClass | None:
+    """As ``current_task``, but ``None`` where no hint is in force: a region's own default may then hold."""
+    frame = _current.get()
+    return None if frame is None else frame.task_class
+
+
 class TaskScope(Protocol):
     """What ``task`` returns: a context manager and a decorator."""
 

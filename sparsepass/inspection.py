@@ -120,7 +120,7 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
 def _site_report(entry: PlanEntry, ran: Counts) -> SiteReport:
     asked = None
     if not entry.budget.dense and entry.budget.method != BY_LENGTH:
-        asked = make_method(entry.budget).density
+        asked = make_method(entry.budget).mean_density
     return SiteReport(
         entry=entry,
         density_asked=asked,

@@ -11,10 +11,15 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsepass.errors import PolicyError, close_names
 from sparsepass.types import Budget
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsepass.kernels.dispatch import BlockLists, Visible
 
 BLOCKS = (64, 128)
 """Block sizes, in tokens, that block lists may have."""
@@ -42,6 +47,18 @@ class Method:
     def uniform(self) -> Method:
         """This method with every head given what the costliest head has."""
         return self
+
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scale: float,
+        visible: Visible,
+        counter: torch.Tensor | None,
+    ) -> BlockLists:
+        """Block lists for query [B, H, Sq, D] and key [B, Hkv, Skv, D]: the method itself. No host synchronization."""
+        raise NotImplementedError(f"{self.name} selects no blocks")
 
     @classmethod
     def merge_heads(cls, heads: Sequence[Method]) -> Method:
@@ -100,6 +117,31 @@ class PooledTopK(Method):
     def mean_density(self) -> float:
         return self.density if self.head_densities is None else sum(self.head_densities) / len(self.head_densities)
 
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scale: float,
+        visible: Visible,
+        counter: torch.Tensor | None,
+    ) -> BlockLists:
+        from sparsepass.kernels.dispatch import select_pooled_topk
+
+        density: float | torch.Tensor = self.density
+        if self.head_densities is not None:
+            density = head_densities(self.head_densities, query.device)
+        return select_pooled_topk(
+            query,
+            key,
+            scale=scale,
+            visible=visible,
+            density=density,
+            max_density=self.density,
+            block=self.block,
+            counter=counter,
+        )
+
     def for_head(self, head: int) -> PooledTopK:
         if self.head_densities is None:
             return self
@@ -123,6 +165,15 @@ class PooledTopK(Method):
             raise _cannot_differ(cls, heads)
         densities = tuple(head.max_density for head in heads)
         return cls(max(densities), blocks.pop(), densities)
+
+
+@functools.lru_cache(maxsize=256)
+def head_densities(densities: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Densities of a site's heads on its device, float32 [1, H]. Made when the graph is compiled, reused when it runs:
+    a CUDA graph may not copy from the host."""
+    import torch
+
+    return torch.tensor([densities], dtype=torch.float32, device=device)
 
 
 METHODS: tuple[type[Method], ...] = (Dense, PooledTopK)

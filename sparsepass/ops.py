@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsepass import counters
+from sparsepass.kernels.dispatch import Visible, block_sparse_attention
 from sparsepass.methods import Method, decode_budget, make_method
 from sparsepass.types import UNBOUNDED
 
@@ -50,9 +51,10 @@ def _attention(
         out = _dense(query, key, value, q_segments, kv_segments, scale, left, right, offset)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     counter = counters.row(query.device, slot)
-    band = {"left": left, "right": right, "offset": offset}
-    segments = {"q_segments": q_segments, "kv_segments": kv_segments}
-    return method.attend(query, key, value, scale=scale, **band, **segments, counter=counter)
+    visible = Visible(left, right, offset, q_segments, kv_segments)
+    lists = method.select(query, key, scale=scale, visible=visible, counter=counter)
+    out, _ = block_sparse_attention(query, key, value, lists, scale=scale, visible=visible, counter=counter)
+    return out
 
 
 @functools.lru_cache(maxsize=4096)

@@ -115,7 +115,7 @@ def _refusal(found: FoundSite) -> Skip | None:
 def _entry(found: FoundSite, task: TaskClass, bucket: LengthBucket | None, settings: Settings) -> PlanEntry:
     if bucket is None:
         return _entry_by_length(found, task, settings)
-    budget = settings.policy.budget(task, bucket, found.layer)
+    budget = settings.policy.site_budget(task, bucket, found.layer, found.site.heads)
     if budget.dense:
         reason = "the hint is dense" if task is TaskClass.DENSE else f"the policy is dense for {task} at {bucket}"
         return _dense_entry(found, reason)
@@ -148,7 +148,7 @@ def _wins(found: FoundSite, budget: Budget, bucket: LengthBucket) -> tuple[bool,
         dtype=site.dtype,
         head_dim=site.head_dim,
         length=_equivalent_length(site.q_len, site.kv_len, bucket),
-        density=make_method(budget).density,
+        density=make_method(budget).mean_density,
     )
 
 
