@@ -76,7 +76,7 @@ _MODEL, _INPUT, _RUN, _OUTPUT = "Model", "Input", "Budget", "Output"
 def explain(
     arch: Annotated[
         str,
-        typer.Option(help="model_type that transformers knows; built small, random weights.", rich_help_panel=_MODEL),
+        typer.Option(help="A transformers model_type; built small, random weights.", rich_help_panel=_MODEL),
     ] = "llama",
     model: Annotated[
         Path | None, typer.Option(help="Local checkpoint folder, instead of --arch.", rich_help_panel=_MODEL)

@@ -17,9 +17,7 @@ from sparsepass.types import Budget, LengthBucket, TaskClass
 if TYPE_CHECKING:
     from sparsepass.policy import Policy
 
-policy_app = typer.Typer(
-    no_args_is_help=True, help="Look at, check and write policies: which budget for which request."
-)
+policy_app = typer.Typer(no_args_is_help=True, help="Show, check and write policies: which budget for which request.")
 _CLASSES = [task for task in TaskClass if task is not TaskClass.DENSE]
 
 
@@ -136,5 +134,5 @@ def _as_rules(policy: Policy) -> Policy:
     return Policy(
         name=f"{policy.name}-as-rules",
         rules=tuple(rules),
-        description="The built-in prior written out as rules. The last rule that holds wins; lengths are key lengths in tokens.",
+        description="The prior as rules. Of those that hold the last wins; lengths are key lengths in tokens.",
     )

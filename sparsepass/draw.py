@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsepass.drawgraph import DrawNode, NodeKind, condense
+from sparsepass.drawgraph import NODE_KINDS, DrawNode, condense
 from sparsepass.drawlayout import KIND_WORDS, Box, Line, Scene, Wire, layout, line_height
 from sparsepass.errors import SparsepassError, close_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["DrawError", "DrawNode", "NodeKind", "Panel", "check_path", "draw_graph", "draw_panels"]
+__all__ = ["DrawError", "DrawNode", "Panel", "check_path", "draw_graph", "draw_panels"]
 
 MAX_PANELS = 6
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -65,6 +66,9 @@ def draw_panels(panels: Sequence[Panel], path: str | Path, *, footer: str = "") 
     """Several graphs side by side in one picture, with one legend. See ``draw_graph``."""
     path = check_path(path)
     panels = [panel for panel in panels if panel.nodes]
+    for node in itertools.chain.from_iterable(panel.nodes for panel in panels):
+        if node.kind not in NODE_KINDS:
+            raise DrawError(f"Node {node.name!r} has kind {node.kind!r}. {close_names(node.kind, NODE_KINDS)}")
     if not panels:
         raise DrawError("Nothing to draw: the graph has no nodes. Pass the nodes of a captured graph.")
 
@@ -130,7 +134,8 @@ class _Page:
         from matplotlib.backends.backend_agg import RendererAgg
         from matplotlib.font_manager import FontProperties
 
-        self._renderer = RendererAgg(8, 8, 72)  # at 72 dots per inch a pixel is a point
+        make: Any = RendererAgg  # untyped in some releases of matplotlib
+        self._renderer = make(8, 8, 72)  # at 72 dots per inch a pixel is a point
         self._fonts = {bold: FontProperties(weight="bold" if bold else "normal") for bold in (False, True)}
 
     def measure(self, text: str, size: float, bold: bool) -> float:
@@ -141,7 +146,7 @@ class _Page:
 
 def _legend(panels: Sequence[Panel]) -> list[tuple[str, str]]:
     counts = Counter(node.kind for panel in panels for node in panel.nodes)
-    entries = [(kind, f"{words} ({counts[kind]})") for kind, words in KIND_WORDS.items() if counts[kind]]  # type: ignore[index]
+    entries = [(kind, f"{words} ({counts[kind]})") for kind, words in KIND_WORDS.items() if counts[kind]]
     return [*entries, ("op", f"other ops, condensed ({counts['op']})")]
 
 

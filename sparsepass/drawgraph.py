@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-NodeKind = Literal["op", "sparse", "dense_masked", "dense", "refused", "decode"]
+NODE_KINDS = ("op", "sparse", "dense_masked", "dense", "refused", "decode")
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class DrawNode:
     name: str
     inputs: tuple[str, ...] = ()
     """Names of the nodes it reads. Names that are not in the graph are ignored."""
-    kind: NodeKind = "op"
+    kind: str = "op"
+    """One of ``NODE_KINDS``: ``op``, or the outcome of an attention site."""
     label: str = ""
 
 
@@ -45,7 +45,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Shared:
-    """Ops whose results several layers read: masks, rotary tables, encoder output. ``stage``: where they are computed."""
+    """Ops whose results several layers read: masks, rotary tables. ``stage``: where they are computed."""
 
     ops: int
     stage: int

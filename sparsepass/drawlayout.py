@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -209,13 +210,13 @@ def _place_column(
 
 
 def _flow(scene: Scene, placed: Sequence[tuple[_Row, list[Box]]], rail: float) -> None:
-    for (_, above), (_, below) in zip(placed, placed[1:], strict=False):
+    for (_, above), (_, below) in itertools.pairwise(placed):
         for a in above:
             for b in below:
                 ends = ((a.x + a.w / 2, a.y + a.h), (b.x + b.w / 2, b.y))
                 scene.wires.append(Wire(ends, "flow"))
     ops = [(row, boxes[0]) for row, boxes in placed if row.is_ops]
-    for (row, a), (_, b) in zip(ops, ops[1:], strict=False):
+    for (row, a), (_, b) in itertools.pairwise(ops):
         if row.stage.skips_sites:
             points = ((a.x, a.middle + 3), (rail, a.middle + 3), (rail, b.middle - 3), (b.x, b.middle - 3))
             scene.wires.append(Wire(points, "residual"))
@@ -258,7 +259,7 @@ def _rails(
 def _join_columns(scene: Scene) -> None:
     """One arrow from the last box of a column, over the gap, to the first box of the next."""
     flow = [b for b in scene.boxes if b.kind not in ("frame", "times", "shared")]
-    for a, b in zip(flow, flow[1:], strict=False):
+    for a, b in itertools.pairwise(flow):
         if b.y < a.y:
             gap = b.x + b.w / 2
             low, high, between = a.y + a.h + _GAP / 2, b.y - _GAP / 2, _column_gap(scene, b)

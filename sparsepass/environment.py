@@ -19,6 +19,7 @@ VARIABLES = (
     "TRITON_",
     "CUDA_VISIBLE_DEVICES",
 )
+_CPU_KERNELS = ("sparsepass.kernels.cpu", "sparsepass.kernels.cpu_attend")
 
 
 def package_version() -> str:
@@ -72,7 +73,7 @@ def _kernels() -> dict[str, str]:
     triton = _has("triton")
     cuda = _devices().keys() & {"cuda:0"}
     gluon = triton and _has("triton.experimental.gluon")
-    found = {"cpu": "available" if _has("sparsepass.kernels.cpu") else "missing from this installation"}
+    found = {"cpu": "available" if any(map(_has, _CPU_KERNELS)) else "missing from this installation"}
     if not triton:
         found["triton"] = 'unavailable: Triton is not installed (pip install "sparsepass[triton]")'
     elif not _has("sparsepass.kernels.attend_triton"):

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 class DecodeError(ValueError):
-    """A JSON value that does not have the annotated type; the message says where, what was found and what is expected."""
+    """A JSON value of another type than annotated; the message says where, what was found and what is expected."""
 
 
 def encode(value: object) -> Any:

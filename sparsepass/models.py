@@ -112,10 +112,7 @@ def random_inputs(model: Any, *, length: int, batch: int, padding: Padding = "no
         mask = torch.ones(batch, length, dtype=torch.int64)
         for row in range(batch):
             pad = length // 4 if batch == 1 else length * (batch - row - 1) // (2 * batch)
-            if pad:
-                mask[row, : pad if padding == "left" else None] = 0 if padding == "left" else 1
-                if padding == "right":
-                    mask[row, length - pad :] = 0
+            mask[row, slice(0, pad) if padding == "left" else slice(length - pad, length)] = 0
         inputs["attention_mask"] = mask.to(device_of(model))
     return inputs
 

@@ -102,7 +102,7 @@ class GraphReport:
 
     def counts(self) -> Counter[Outcome]:
         """Sites per outcome. Decode sites are taken from ``decode_sites``, whether or not ``sites`` lists them."""
-        counts = Counter(s.outcome for s in self.sites if s.outcome is not Outcome.DECODE)
+        counts: Counter[Outcome] = Counter(s.outcome for s in self.sites if s.outcome is not Outcome.DECODE)
         counts[Outcome.DECODE] = self.decode_sites
         counts[Outcome.REFUSED] = len(self.refused)
         return +counts
@@ -176,7 +176,7 @@ class Report:
         return self.table()
 
     def to_json(self, *, nodes: bool = True, indent: int | None = 2) -> str:
-        """JSON that ``from_json`` reads back. ``nodes=False`` leaves out the captured graphs, which only ``draw`` uses."""
+        """JSON that ``from_json`` reads. ``nodes=False`` leaves out the captured graphs, which only ``draw`` uses."""
         report = self if nodes else replace(self, graphs=tuple(replace(g, nodes=()) for g in self.graphs))
         head = {"format": FORMAT, "version": FORMAT_VERSION, "summary": self.summary()}
         return json.dumps(head | encode(report), indent=indent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -138,7 +139,7 @@ def index_ranges(indices: Sequence[int]) -> str:
             runs.append([i])
     if len(runs) > 2 and all(len(r) == 1 for r in runs):
         step = runs[1][0] - runs[0][0]
-        if all(b[0] - a[0] == step for a, b in zip(runs, runs[1:], strict=False)):
+        if all(b[0] - a[0] == step for a, b in itertools.pairwise(runs)):
             return f"{runs[0][0]},{runs[1][0]}..{runs[-1][0]}"
     return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 

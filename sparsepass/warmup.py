@@ -59,8 +59,8 @@ def warmup(
         batch: rows of the default inputs. Dynamo specializes on 1: warm up a batched service with its batch size.
         make_inputs: keyword arguments of the model for a length. By default, for transformers models: random
             ``input_ids`` int64 [batch, length] on the model's device, ``use_cache=False``, ``logits_to_keep=1``.
-        dynamic: mark the dimensions of the inputs that equal the length as varying, so that the graphs serve their whole
-            bucket. ``False`` leaves it to Dynamo, which compiles the first length for that exact length alone.
+        dynamic: mark the dimensions of the inputs that equal the length as varying, so that each graph serves its
+            whole bucket. ``False`` leaves it to Dynamo, which compiles the first length for that exact length alone.
         progress: show a progress bar (only on a terminal).
 
     Returns:
