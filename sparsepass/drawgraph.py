@@ -9,6 +9,9 @@ from dataclasses import dataclass
 NODE_KINDS = ("op", "sparse", "dense_masked", "dense", "refused", "decode")
 
 
+_NUMBER = re.compile(r"(?i)(?<=\blayer)s? ?\d+|(?<=\bsite)s? ?\d+|(?<=[a-z])[._]\d+|(?<=[a-z])\[\d+\]")
+
+
 @dataclass(frozen=True)
 class DrawNode:
     """One node of a captured graph, for the picture. ``label`` is the site's second line (plan, density); "" for ops.
@@ -28,7 +31,8 @@ class DrawNode:
 class Stage:
     """The ops between two rows of sites, and the sites that follow them. One stage per layer in a decoder."""
 
-    ops: int
+    op_names: tuple[str, ...]
+    """Sorted, without numbers: equal layers have equal ones."""
     sites: tuple[DrawNode, ...]
     ops_read: tuple[int, ...] = ()
     """Which ``Condensed.shared`` boxes its ops read."""
@@ -38,9 +42,13 @@ class Stage:
     """True when the next stage's ops also read this stage's ops (the residual stream around the sites)."""
 
     @property
+    def ops(self) -> int:
+        return len(self.op_names)
+
+    @property
     def signature(self) -> tuple[object, ...]:
         sites = tuple((s.kind, without_number(s.label)) for s in self.sites)
-        return (self.ops, sites, self.ops_read, self.sites_read, self.skips_sites)
+        return (self.op_names, sites, self.ops_read, self.sites_read, self.skips_sites)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def condense(nodes: Sequence[DrawNode]) -> Condensed:
     shared_of, shared = _shared(nodes, users, levels)
     kinds = {n.name: n.kind for n in nodes}
     count = max((levels[n.name] for n in nodes), default=-1) + 1
-    ops = [0] * count
+    ops: list[list[str]] = [[] for _ in range(count)]
     sites: list[list[DrawNode]] = [[] for _ in range(count)]
     ops_read: list[set[int]] = [set() for _ in range(count)]
     sites_read: list[set[int]] = [set() for _ in range(count)]
@@ -87,7 +95,7 @@ def condense(nodes: Sequence[DrawNode]) -> Condensed:
         if node.name in shared_of:
             continue
         if node.kind == "op":
-            ops[level] += 1
+            ops[level].append(re.sub(r"_?\d+", "", node.name))
         else:
             sites[level].append(node)
         for name in node.inputs:
@@ -96,7 +104,9 @@ def condense(nodes: Sequence[DrawNode]) -> Condensed:
             elif node.kind == "op" and kinds.get(name) == "op" and levels[name] == level - 1:
                 skips[level - 1] = True
     stages = [
-        Stage(ops[i], tuple(sites[i]), tuple(sorted(ops_read[i])), tuple(sorted(sites_read[i])), skips[i])
+        Stage(
+            tuple(sorted(ops[i])), tuple(sites[i]), tuple(sorted(ops_read[i])), tuple(sorted(sites_read[i])), skips[i]
+        )
         for i in range(count)
         if ops[i] or sites[i]
     ]
@@ -115,9 +125,12 @@ def fold_stages(stages: Sequence[Stage], longest: int = 8) -> list[Fold]:
     return folds
 
 
-def without_number(label: str) -> str:
-    """The label without layer numbers (``layer 3``, ``layers.3``, ``name_3``); densities and lengths stay."""
-    return re.sub(r"(?i)(layers?[ ._\[]?|blocks?[._\[]|(?<=[a-z])_)\d+(?!\.\d)", r"\1*", label)
+def without_number(text: str) -> str:
+    """The text without layer and node numbers (``layer 3``, ``layers.3``, ``softmax_3``); densities and sizes stay.
+
+    Two layers with the same story then compare equal.
+    """
+    return _NUMBER.sub("#", text)
 
 
 def _best_repeat(stages: Sequence[Stage], longest: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -91,7 +92,7 @@ def _decode_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, .
 def _decode_dataclass(annotation: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong(where, value, f"an object with the fields of {annotation.__name__}")
-    hints = get_type_hints(annotation)
+    hints = _hints(annotation)
     fields = {f.name: f for f in dataclasses.fields(annotation)}
     unknown = sorted(set(value) - set(fields))
     if unknown:
@@ -103,6 +104,11 @@ def _decode_dataclass(annotation: type, value: Any, where: str) -> Any:
         if required and name not in value:
             raise DecodeError(f"{where}: field {name!r} of {annotation.__name__} is missing.")
     return annotation(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+@functools.cache
+def _hints(annotation: type) -> dict[str, Any]:
+    return get_type_hints(annotation)
 
 
 def _wrong(where: str, value: Any, expected: str) -> DecodeError:

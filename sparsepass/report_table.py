@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import re
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -13,8 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sparsepass.drawgraph import without_number
 from sparsepass.report import NOTHING_COMPILED, GraphReport, Outcome, Report, SiteReport, plural
-from sparsepass.types import AttentionSite, Skip
+from sparsepass.types import AttentionSite, Skip, TaskClass
 
 STYLES = {
     Outcome.SPARSE: "green",
@@ -30,6 +30,8 @@ SHORT = {
     Outcome.REFUSED: "not matched",
     Outcome.DECODE: "decode",
 }
+_ASCII = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+"""A line under the head and nothing else, as ``box.SIMPLE_HEAD``, for logs that are not UTF-8."""
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -58,51 +60,46 @@ def plain_text(renderable: RenderableType, width: int) -> str:
 
 def _graph(graph: GraphReport, *, verbose: bool, ascii_only: bool) -> list[RenderableType]:
     title = Text(f"Graph {graph.index}: {graph.name}", style="bold")
-    title.append(f"  task {graph.task}, length bucket {graph.bucket}, plan {graph.plan_key}", style="not bold")
-    ran = f"{plural(graph.runs, 'run')}, compiled in {graph.compile_seconds:.1f} s"
-    parts: list[RenderableType] = [title, Text("  " + ran, style="dim")]
+    task = "unknown (no hint)" if graph.task == TaskClass.UNKNOWN else graph.task
+    title.append(f"  task {task}, length bucket {graph.bucket}", style="not bold")
+    ran = f"  {plural(graph.runs, 'run')}, compiled in {graph.compile_seconds:.1f} s, plan {graph.plan_key}"
+    parts: list[RenderableType] = [title, Text(ran, style="dim", overflow="fold")]
     parts += [Text.assemble("  guard: ", (guard, "magenta"), overflow="fold") for guard in graph.guards]
     if not graph.guards:
-        parts.append(Text("  guard: none of sparsepass's own (no hint and no length is checked)"))
+        parts.append(Text("  guard: none installed by sparsepass"))
     if graph.sites:
         groups = [(s,) for s in graph.sites] if verbose else fold_sites(graph.sites)
-        parts.append(_sites(groups, ascii_only=ascii_only))
-        parts += _bullets("Left as the model wrote it", _dense_reasons(groups))
+        parts += ["", _sites(groups, ascii_only=ascii_only)]
+        parts += _bullets("Why dense", _dense_reasons(groups))
         if verbose:
             parts += _bullets("Modules", [f"site {s.entry.site.index}: {_module(s.entry.site)}" for s in graph.sites])
             parts += _bullets("Near misses", _near_misses(graph.sites))
-    elif not graph.refused:
-        parts.append(Text("  no attention in this graph"))
     if graph.refused:
         parts += _bullets("Softmax or SDPA that no pattern matched", _refusals(graph.refused))
     if graph.decode_sites:
         parts += _bullets("", [f"{plural(graph.decode_sites, 'decode site')} (one query per step): dense for now."])
+    if not graph.counts():
+        parts.append(Text("  no attention in this graph"))
     return [*parts, *_bullets("", graph.notes)]
 
 
 def _sites(groups: Sequence[tuple[SiteReport, ...]], *, ascii_only: bool) -> Table:
-    table = Table(box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("Sites")
-    table.add_column("Spelling", overflow="fold")
-    table.add_column("Phase")
-    table.add_column("Q x KV length")
-    table.add_column("Heads (GQA)")
-    table.add_column("Mask")
-    table.add_column("Plan", overflow="fold", min_width=14)
-    table.add_column("Density asked", justify="right")
-    table.add_column("achieved", justify="right")
-    table.add_column("Blocks computed", justify="right")
+    table = Table(box=_ASCII if ascii_only else box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("Sites", overflow="fold", min_width=5)
+    table.add_column("Attention", overflow="fold", min_width=21)
+    table.add_column("Mask", overflow="fold", min_width=10, max_width=16)
+    table.add_column("Plan", overflow="fold", min_width=11, max_width=13)
+    table.add_column("Density\nasked", justify="right", no_wrap=True)
+    table.add_column("\nachieved", justify="right", no_wrap=True)
+    table.add_column("Blocks\ncomputed", justify="right", no_wrap=True)
     for group in groups:
         first, site = group[0], group[0].entry.site
         plan = Text(SHORT[first.outcome], style=STYLES[first.outcome])
-        if not first.entry.budget.dense and first.outcome is Outcome.SPARSE:
-            plan.append("\n" + first.entry.budget.method)
+        if first.outcome is Outcome.SPARSE:
+            plan.append(f"\n{first.entry.budget.method}")
         table.add_row(
             index_ranges([s.entry.site.index for s in group]) + (f"\nx{len(group)}" if len(group) > 1 else ""),
-            site.spelling,
-            str(site.phase),
-            f"{site.q_len} x {site.kv_len}",
-            f"{site.heads}/{site.kv_heads} (x{site.gqa_group})\nd {_head_dim(site)} {_dtype(site.dtype)}",
+            f"{site.spelling}, {site.phase}\n{site.q_len} x {site.kv_len}\n{_heads(site)}",
             "not recognized" if site.mask is None else str(site.mask),
             plan,
             "-" if first.density_asked is None else f"{first.density_asked:.3f}",
@@ -119,18 +116,13 @@ def fold_sites(sites: Iterable[SiteReport]) -> list[tuple[SiteReport, ...]]:
         site, entry = report.entry.site, report.entry
         shape = (site.q_len, site.kv_len, site.heads, site.kv_heads, site.head_dim, site.v_head_dim, site.dtype)
         what = (site.spelling, site.phase, site.device, site.mask)
-        plan = (str(entry.budget), without_layer(entry.reason), entry.rewritten, report.density_asked)
+        plan = (str(entry.budget), without_number(entry.reason), entry.rewritten, report.density_asked)
         groups.setdefault((*shape, *what, *plan), []).append(report)
     return [tuple(group) for group in groups.values()]
 
 
-def without_layer(text: str) -> str:
-    """The text with layer and node numbers taken out, so that the same sentence about two layers compares equal."""
-    return re.sub(r"(?<=[A-Za-z])([._ ]?)\d+(?=[._\])',:;\s]|$)(?!\.\d)", r"\1*", text)
-
-
 def index_ranges(indices: Sequence[int]) -> str:
-    """``0-31``, ``0,2..30`` (every second), ``0-3,7``."""
+    """``0-31``, ``0,2,..,30`` (every second), ``0-3,7``."""
     runs: list[list[int]] = []
     for i in sorted(indices):
         if runs and i == runs[-1][-1] + 1:
@@ -140,7 +132,7 @@ def index_ranges(indices: Sequence[int]) -> str:
     if len(runs) > 2 and all(len(r) == 1 for r in runs):
         step = runs[1][0] - runs[0][0]
         if all(b[0] - a[0] == step for a, b in itertools.pairwise(runs)):
-            return f"{runs[0][0]},{runs[1][0]}..{runs[-1][0]}"
+            return f"{runs[0][0]},{runs[1][0]},..,{runs[-1][0]}"
     return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
@@ -183,7 +175,7 @@ def _site_names(group: Sequence[SiteReport]) -> str:
 def _refusals(refused: Iterable[Skip]) -> list[str]:
     folded: dict[str, list[Skip]] = {}
     for skip in refused:
-        folded.setdefault(without_layer(skip.reason), []).append(skip)
+        folded.setdefault(without_number(skip.reason), []).append(skip)
     return [
         (f"{skips[0].reason}" if len(skips) == 1 else f"x{len(skips)}, for instance: {skips[0].reason}")
         + (f" [{', '.join(skips[0].nodes)}]" if skips[0].nodes else "")
@@ -211,8 +203,10 @@ def _hanging(line: str) -> Table:
     return grid
 
 
-def _head_dim(site: AttentionSite) -> str:
-    return str(site.head_dim) if site.head_dim == site.v_head_dim else f"{site.head_dim}/{site.v_head_dim}"
+def _heads(site: AttentionSite) -> str:
+    heads = f"GQA {site.heads}/{site.kv_heads}" if site.gqa_group > 1 else f"{site.heads} heads"
+    dim = str(site.head_dim) if site.head_dim == site.v_head_dim else f"{site.head_dim}/{site.v_head_dim}"
+    return f"{heads}, d {dim}, {_dtype(site.dtype)}"
 
 
 def _dtype(dtype: str) -> str:
