@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.errors import HintError
@@ -81,6 +81,7 @@ def test_nested_reentrant_and_exception_safe() -> None:
     assert current_task() is TaskClass.UNKNOWN
 
 
+@settings(deadline=None)
 @given(st.recursive(st.just(()), lambda sub: st.lists(st.tuples(st.sampled_from(NAMES), sub), max_size=3)))
 def test_any_nesting_restores(tree: Any) -> None:
     scopes = {name: task(name) for name in NAMES}
