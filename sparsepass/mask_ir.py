@@ -1,8 +1,8 @@
-"""Expressions that the elements of a mask are made of: integers, predicates and two-valued numbers over symbolic indices.
+"""Expressions that the elements of a mask are made of: integers, predicates, two-valued numbers over symbolic indices.
 
 An element of a mask is a function of its indices (batch, head, query, key). Here it is a tree over sympy expressions:
-``key - query <= 0`` for a causal mask. What is not such a function (a graph input, an operation that is not known) is an
-`Opaque` symbol that remembers which node it reads at which indices. Nothing is ever evaluated at sample points.
+``key - query <= 0`` for a causal mask. What is not such a function (a graph input, an operation that is not known) is
+an `Opaque` symbol that remembers which node it reads at which indices. Nothing is ever evaluated at sample points.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def expr_of(size: Size) -> sympy.Expr:
 
 
 class Prover:
-    """Facts about sizes that hold for every run of the graph: from the ranges and guards it already has, adding none."""
+    """Facts about sizes that hold for every run of the graph, from the ranges and guards it has. It adds none."""
 
     def __init__(self, shape_env: ShapeEnv | None) -> None:
         self.shape_env = shape_env
@@ -68,7 +68,7 @@ class Prover:
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """A number or truth value that is not an expression: ``node`` read at ``index``, or ``what`` applied to ``index``."""
+    """An element that is not an expression: ``node`` read at ``index``, or the function ``what`` of ``index``."""
 
     symbol: sympy.Symbol
     node: fx.Node
