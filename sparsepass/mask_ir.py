@@ -98,7 +98,7 @@ class Pred:
     """A truth value. Interned by `Logic`: equal predicates are the same object, so graphs that share stay small."""
 
     kind: Kind
-    expr: sympy.Expr | None = None
+    expr: sympy.Expr = sympy.Integer(0)
     parts: tuple[Pred, ...] = ()
     depends: frozenset[sympy.Symbol] = frozenset()
 
@@ -147,10 +147,10 @@ class Logic:
             self._opaque_keys[key] = self.opaques[symbol] = made
         return self._opaque_keys[key]
 
-    def _intern(self, kind: Kind, expr: sympy.Expr | None, parts: tuple[Pred, ...]) -> Pred:
+    def _intern(self, kind: Kind, expr: sympy.Expr, parts: tuple[Pred, ...]) -> Pred:
         key = (kind, expr, tuple(id(part) for part in parts))
         if key not in self._preds:
-            depends = self.depends(expr) if expr is not None else frozenset[sympy.Symbol]()
+            depends = self.depends(expr)
             self._preds[key] = Pred(kind, expr, parts, depends.union(*(part.depends for part in parts)))
         return self._preds[key]
 
@@ -187,7 +187,7 @@ class Logic:
         kept = tuple(dict.fromkeys(part for part in parts if part is not neutral))
         if len(kept) <= 1:
             return kept[0] if kept else neutral
-        return self._intern(kind, None, kept)
+        return self._intern(kind, sympy.Integer(0), kept)
 
     def negate(self, pred: Pred) -> Pred:
         """The opposite of ``pred``, with the negation pushed to the leaves."""

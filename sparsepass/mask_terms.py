@@ -171,7 +171,7 @@ class TermReader:
 
     def _refusal(self, atom: Pred) -> Refused:
         """Why the term is none that the kernels know."""
-        opaques = [] if atom.expr is None else self.logic.opaques_in(atom.expr)
+        opaques = self.logic.opaques_in(atom.expr)
         nodes = [opaque.node for opaque in opaques]
         for opaque in opaques:
             if opaque.what != "read":
