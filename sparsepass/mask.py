@@ -102,7 +102,7 @@ class _Recognizer:
         visible = self._visible(self.reader.read(self.mask, self.index))
         found, segments = self.terms.terms(visible)
         terms = MaskTerms(self._band(found), tuple(dict.fromkeys(found.padding)), segments)
-        self._check_unchanged()
+        self._check_unchanged(terms)
         return terms
 
     def _visible(self, value: Value) -> Pred:
@@ -174,13 +174,16 @@ class _Recognizer:
             expr = ZERO
         return int(expr) if expr.is_Integer and expr >= 0 else None
 
-    def _check_unchanged(self) -> None:
-        mutated = mutated_nodes(self.mask.graph)
-        for node in self.reader.visited:
-            if node in mutated:
-                raise Refused(
-                    f"The mask is computed from '{node.name}', which {title(mutated[node])} changes in place.", node
-                )
+    def _check_unchanged(self, terms: MaskTerms) -> None:
+        """Refuse a mask that is read from, or described by, memory that the graph has written to by then."""
+        written = mutated_nodes(self.mask.graph)
+        visited = self.reader.visited
+        order = {node: position for position, node in enumerate(self.mask.graph.nodes)} if written else {}
+        for node in visited & written.keys():
+            writer = written[node]
+            late = any(user in visited and order[user] >= order[writer] for user in node.users)
+            if late or node in (self.mask, terms.segments, *terms.padding):
+                raise Refused(f"The mask depends on '{node.name}', which {title(writer)} changes in place.", node)
 
 
 def _shape_envs(mask: fx.Node, tensor: torch.Tensor, *lengths: Size) -> Iterator[ShapeEnv]:

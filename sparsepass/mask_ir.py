@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_tru
 from torch.utils._sympy.functions import Max, Min
 
 Size = int | torch.SymInt
+NOTHING = sympy.Integer(0)
 
 
 def expr_of(size: Size) -> sympy.Expr:
@@ -98,7 +99,7 @@ class Pred:
     """A truth value. Interned by `Logic`: equal predicates are the same object, so graphs that share stay small."""
 
     kind: Kind
-    expr: sympy.Expr = sympy.Integer(0)
+    expr: sympy.Expr = NOTHING
     parts: tuple[Pred, ...] = ()
     depends: frozenset[sympy.Symbol] = frozenset()
 
@@ -187,7 +188,7 @@ class Logic:
         kept = tuple(dict.fromkeys(part for part in parts if part is not neutral))
         if len(kept) <= 1:
             return kept[0] if kept else neutral
-        return self._intern(kind, sympy.Integer(0), kept)
+        return self._intern(kind, NOTHING, kept)
 
     def negate(self, pred: Pred) -> Pred:
         """The opposite of ``pred``, with the negation pushed to the leaves."""
