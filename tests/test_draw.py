@@ -112,7 +112,7 @@ def test_layout_has_no_overlap_over_several_columns() -> None:
     assert scene.width > scene.height / 2  # not one endless column
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_graph_is_condensed_without_loss_and_laid_out_without_overlap(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 40))

@@ -87,7 +87,7 @@ def test_json_round_trips_every_field() -> None:
     assert Report.from_json(report.to_json()) == report
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     density=st.none() | st.floats(0, 1),
     length=st.integers(1, 2**20) | st.sampled_from(["s0", "s0 + 1"]),
