@@ -16,11 +16,11 @@ from torch import nn
 from sparsepass import hints, options as names, record
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.counters import Counts
-from sparsepass.draw import DrawNode
+from sparsepass.drawgraph import DrawNode
 from sparsepass.methods import make_method
 from sparsepass.plan import BY_LENGTH
 from sparsepass.policy import Policy
-from sparsepass.report import GraphReport, Report, SiteReport
+from sparsepass.report import GraphReport, Outcome, Report, SiteReport
 from sparsepass.types import Phase, PlanEntry
 
 NO_INDUCTOR = "Run without Inductor: times and peak memory are those of the rewritten graph, unfused."
@@ -114,6 +114,7 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
         runs=graph.runs - runs_before,
         compile_seconds=graph.compile_seconds,
         notes=tuple(notes),
+        nodes=draw_nodes(graph),
     )
 
 
@@ -130,28 +131,22 @@ def _site_report(entry: PlanEntry, ran: Counts) -> SiteReport:
     )
 
 
-def draw_nodes(graph: CompiledGraph) -> list[DrawNode]:
+def draw_nodes(graph: CompiledGraph) -> tuple[DrawNode, ...]:
     """The captured graph as records for ``sparsepass.draw``, its attention sites marked."""
-    kinds = {entry.site.name: _kind(entry) for entry in graph.plan.current.entries}
-    labels = {entry.site.name: f"{entry.site.spelling}\n{entry.budget}" for entry in graph.plan.current.entries}
-    refused = {skip.nodes[0]: skip.reason for skip in graph.findings.refused if skip.nodes}
-    return [
+    kinds: dict[str, str] = {skip.nodes[0]: Outcome.REFUSED for skip in graph.findings.refused if skip.nodes}
+    labels = {}
+    for entry in graph.plan.current.entries:
+        kinds[entry.site.name] = SiteReport(entry, None, None, 0, 0).outcome
+        labels[entry.site.name] = str(entry.budget)
+    return tuple(
         DrawNode(
             name=node.name,
             inputs=tuple(used.name for used in node.all_input_nodes),
-            kind=kinds.get(node.name, "refused" if node.name in refused else "op"),
-            label=labels.get(node.name, refused.get(node.name, node.name)),
+            kind=kinds.get(node.name, "op"),
+            label=labels.get(node.name, ""),
         )
         for node in graph.captured.graph.nodes
-    ]
-
-
-def _kind(entry: PlanEntry) -> str:
-    if entry.site.phase is Phase.DECODE:
-        return "decode"
-    if not entry.budget.dense:
-        return "sparse"
-    return "dense_masked" if entry.rewritten else "dense"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsepass import dynamo
-from sparsepass.crossover import sparse_wins
+from sparsepass.crossover import Verdict, sparse_wins
 from sparsepass.hints import current_hint, resolve_hint
 from sparsepass.kernels.spec import why_not
 from sparsepass.mask import MaskTerms
@@ -120,9 +120,9 @@ def _entry(found: FoundSite, task: TaskClass, bucket: LengthBucket | None, setti
         reason = "the hint is dense" if task is TaskClass.DENSE else f"the policy is dense for {task} at {bucket}"
         return _dense_entry(found, reason)
     if not settings.always_sparse:
-        wins, reason = _wins(found, budget, bucket)
-        if not wins:
-            return _dense_entry(found, reason)
+        verdict = _verdict(found, budget, bucket)
+        if not verdict.wins:
+            return _dense_entry(found, verdict.reason)
     return PlanEntry(found.site, budget, rewritten=True)
 
 
@@ -138,7 +138,7 @@ def _entry_by_length(found: FoundSite, task: TaskClass, settings: Settings) -> P
     return PlanEntry(found.site, Budget(BY_LENGTH, {"table": table}), rewritten=True)
 
 
-def _wins(found: FoundSite, budget: Budget, bucket: LengthBucket) -> tuple[bool, str]:
+def _verdict(found: FoundSite, budget: Budget, bucket: LengthBucket) -> Verdict:
     site = found.site
     device = torch.device(site.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -169,7 +169,7 @@ def _dense_without_mask(found: FoundSite) -> bool:
     An SDPA site that has no mask already is left alone.
     """
     terms = found.terms
-    if not isinstance(terms, MaskTerms) or terms.padding is not None or terms.segments is not None:
+    if not isinstance(terms, MaskTerms) or terms.padding or terms.segments is not None:
         return False
     if found.attention.spelling == "sdpa" and found.attention.mask is None:
         return False

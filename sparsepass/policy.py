@@ -162,7 +162,7 @@ class Policy:
     def _budget(
         self, task: TaskClass, bucket: LengthBucket, layer: int | None, head: int | None, heads: int | None
     ) -> Budget:
-        rules = self._covering(task, bucket)
+        rules = _covering(self, task, bucket)
         found = {
             _last(rules, at_layer, at_head) or self._default(task, bucket)
             for at_layer in _places(layer, (rule.layers for rule in rules))
@@ -179,21 +179,24 @@ class Policy:
             found = {to_budget(make_method(budget).for_head(head)) for budget in found}
         return found.pop() if len(found) == 1 else _most_cautious(found)
 
-    def _covering(self, task: TaskClass, bucket: LengthBucket) -> list[Rule]:
-        if task is TaskClass.DENSE:
-            return []
-        rules = [rule for rule in self.rules if rule.task in (None, task)]
-        for rule in rules:
-            for edge in (rule.above, rule.up_to):
-                if edge is not None and edge > bucket.low and (bucket.high is None or edge < bucket.high):
-                    raise PolicyError(f"Bucket {bucket} is cut by a rule at {edge} tokens; use the policy's buckets.")
-        return [rule for rule in rules if bucket.low >= rule.above and (rule.up_to is None or bucket.low < rule.up_to)]
-
     def _default(self, task: TaskClass, bucket: LengthBucket) -> Budget:
         if task is TaskClass.DENSE or self.default == "dense":
             return DENSE
         density = prior_density(task, bucket.low)
         return DENSE if density >= 1 else Budget("pooled_topk", {"density": density})
+
+
+@functools.lru_cache(maxsize=512)
+def _covering(policy: Policy, task: TaskClass, bucket: LengthBucket) -> tuple[Rule, ...]:
+    """The rules that hold in a bucket, in some layer and head; cached, since every head of every layer asks."""
+    if task is TaskClass.DENSE:
+        return ()
+    rules = [rule for rule in policy.rules if rule.task in (None, task)]
+    for rule in rules:
+        for edge in (rule.above, rule.up_to):
+            if edge is not None and edge > bucket.low and (bucket.high is None or edge < bucket.high):
+                raise PolicyError(f"Bucket {bucket} is cut by a rule at {edge} tokens; use the policy's buckets.")
+    return tuple(rule for rule in rules if bucket.low >= rule.above and (rule.up_to is None or bucket.low < rule.up_to))
 
 
 @functools.lru_cache(maxsize=4096)

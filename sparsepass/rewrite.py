@@ -16,7 +16,7 @@ from torch import fx
 
 from sparsepass.canon import value
 from sparsepass.mask import MaskTerms
-from sparsepass.match import Attention, shape
+from sparsepass.match import Attention, same_size, shape
 from sparsepass.ops import SPARSE_ATTENTION, default_scale
 from sparsepass.plan import budget_text
 from sparsepass.sites import FoundSite
@@ -33,7 +33,7 @@ class Rewriter:
     slot: int
     replaced: dict[str, fx.Node] = field(default_factory=dict)
     """New node by the site's name."""
-    _segments: dict[tuple[fx.Node | None, fx.Node | None, int], tuple[fx.Node | None, fx.Node]] = field(
+    _segments: dict[tuple[object, ...], tuple[fx.Node | None, fx.Node]] = field(
         default_factory=dict
     )
 
@@ -110,7 +110,7 @@ class Rewriter:
 
         Built once for all layers that share the mask, at the first of them.
         """
-        if terms.padding is None and terms.segments is None:
+        if not terms.padding and terms.segments is None:
             return None, None
         batch = shape(found.attention.query)[0]
         key = (terms.padding, terms.segments, found.site.index if isinstance(batch, torch.SymInt) else batch)
@@ -121,18 +121,26 @@ class Rewriter:
         return self._segments[key]
 
     def _build_segments(self, terms: MaskTerms, batch: Any) -> tuple[fx.Node | None, fx.Node]:
-        def widened(node: fx.Node) -> fx.Node:
-            return self._call("expand", node, batch, -1)
-
-        q_segments = None
+        numbers = None
         if terms.segments is not None:
-            numbers = self._call("to", self.nodes[terms.segments], torch.int32)
-            q_segments = widened(numbers)
-        if terms.padding is None:
-            assert q_segments is not None  # one of the two is there
-            return q_segments, q_segments
-        visible = self._call("to", self.nodes[terms.padding], torch.bool)
-        if terms.segments is not None:
-            return q_segments, widened(self._call(torch.where, visible, numbers, -1))
+            numbers = self._call("expand", self._call("to", self.nodes[terms.segments], torch.int32), batch, -1)
+        visible = None
+        for node in terms.padding:
+            rows = self._call("to", self._call("reshape", self.nodes[node], self._rows(node)), torch.bool)
+            visible = rows if visible is None else self._call(torch.logical_and, visible, rows)
+        if visible is None:
+            assert numbers is not None  # one of the two is there
+            return numbers, numbers
+        if numbers is not None:
+            return numbers, self._call(torch.where, visible, numbers, -1)
         ids = self._call(torch.sub, self._call("to", visible, torch.int32), 1)
-        return None, widened(ids)
+        return None, self._call("expand", ids, batch, -1)
+
+    def _rows(self, node: fx.Node) -> tuple[Any, ...]:
+        """Shape [B or 1, Skv] of a padding node, which may have dimensions of size 1 besides."""
+        sizes = shape(node)
+        return (1, -1) if len(sizes) == 1 or same_size(sizes[0], 1) else (-1, self._length(node, len(sizes) - 1))
+
+    def _length(self, node: fx.Node, axis: int) -> Any:
+        size = shape(node)[axis]
+        return size if isinstance(size, int) else self._call("size", self.nodes[node], axis)

@@ -92,9 +92,9 @@ def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], 
     q_len, kv_len = query[2], key[2]
     terms = _mask_terms(attention, q_len, kv_len, masks)
     held = value(attention.output)
-    summary = None
+    summary: MaskSummary | None = None
     if isinstance(terms, MaskTerms):
-        summary = MaskSummary(terms.band, terms.padding is not None, terms.segments is not None)
+        summary = terms.summary
     decode = isinstance(q_len, int) and q_len == 1
     module = _module_path(attention.output)
     site = AttentionSite(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.crossover import CROSSOVER_ENV, Verdict, current_table, main, sparse_wins
@@ -69,6 +69,7 @@ RECORDS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(RECORDS)
 def test_fitted_curves_rise_and_follow_order_of_nothing(records: list[Record]) -> None:
     curves = fit(records)
@@ -96,6 +97,7 @@ def test_interpolation_is_linear_in_the_logarithm_of_the_length() -> None:
     assert [interpolate(curve, length) for length in (64 * K, 1024 * K)] == [0.6, 0.6]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1 << 21), st.integers(1, 1 << 21), st.floats(0, 1, exclude_min=True))
 def test_longer_and_sparser_never_turns_a_win_into_a_loss(one: int, other: int, density: float) -> None:
     short, long = sorted((one, other))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.errors import PolicyError
@@ -42,6 +42,7 @@ def test_every_method_has_a_sample_and_a_name() -> None:
 
 @pytest.mark.parametrize("method_type", METHODS)
 def test_round_trips(method_type: type[Method]) -> None:
+    @settings(deadline=None)
     @given(SAMPLES[method_type])
     def check(method: Method) -> None:
         budget = to_budget(method)
@@ -104,6 +105,7 @@ def test_undecodable_text(text: str) -> None:
         decode_budget(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_decodes_or_is_refused(text: str) -> None:
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_prior_never_asks_for_less_of_a_harder_class_or_more_of_a_longer_request
 # Buckets
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 3_000_000), max_size=6), st.integers(1, 5_000_000))
 def test_buckets_partition_all_lengths(edges: list[int], length: int) -> None:
     policy = Policy(rules=tuple(Rule(None, DENSE, up_to=edge) for edge in edges))
@@ -167,6 +169,7 @@ RANGES = st.lists(st.tuples(st.integers(0, 40), st.none() | st.integers(0, 9)), 
 )
 
 
+@settings(deadline=None)
 @given(RANGES, st.integers(0, 60))
 def test_ranges_read_what_they_write(ranges: Ranges, number: int) -> None:
     assert Ranges.parse(str(ranges)) == ranges
@@ -380,3 +383,11 @@ def test_reading_without_jsonschema_says_what_to_install(monkeypatch: pytest.Mon
     assert builtin_policy().buckets  # all else works
     with pytest.raises(PolicyError, match="pip install jsonschema"):
         Policy.from_json(GOOD)
+
+
+def test_the_documented_file_is_read_and_means_what_the_text_says() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "policy.md").read_text()
+    example = re.search(r"```json\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    policy = Policy.from_json(json.loads(example[1]))
+    assert policy.budget(TaskClass.SINGLE_QA, policy.bucket(40_000), layer=3) == pooled(0.08)
