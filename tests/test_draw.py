@@ -129,6 +129,12 @@ def test_any_graph_is_condensed_without_loss_and_laid_out_without_overlap(data: 
     check(layout(graph, measure))
 
 
+def test_long_fractions_are_shortened_in_the_picture_alone() -> None:
+    node = DrawNode("attn", (), "sparse", "pooled_topk(density=0.28284271247461906)")
+    (box,) = layout(condense([node]), measure).boxes
+    assert "pooled_topk(density=0.283)" in [line.text for line in box.lines]
+
+
 def test_png_and_svg_are_written(tmp_path: Path) -> None:
     nodes = decoder(4, kind=lambda i: ("sparse", "dense_masked", "refused", "decode")[i], label=lambda i: "$x_1$ <b>")
     png = draw_graph(nodes, tmp_path / "graph.png", title="Graph 0", subtitle="task single_qa")

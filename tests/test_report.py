@@ -232,6 +232,15 @@ def test_layer_numbers_are_taken_out_but_densities_and_sizes_stay() -> None:
     assert without_number("head size 72 is not supported") != without_number("head size 48 is not supported")
 
 
+def test_a_picture_is_drawn_of_the_graphs_that_were_kept(tmp_path: Path) -> None:
+    assert full_report().draw(tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_title_of_a_graph_says_its_number_once() -> None:
+    assert graph(name="graph 0").title == "Graph 0"
+    assert graph(name="forward").title == "Graph 0: forward"
+
+
 def test_drawing_an_unknown_graph_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="No graph has index 9"):
         full_report().draw(tmp_path / "graph.png", graphs=[9])
