@@ -87,7 +87,7 @@ def test_json_round_trips_every_field() -> None:
     assert Report.from_json(report.to_json()) == report
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     density=st.none() | st.floats(0, 1),
     length=st.integers(1, 2**20) | st.sampled_from(["s0", "s0 + 1"]),
@@ -230,6 +230,15 @@ def test_layer_numbers_are_taken_out_but_densities_and_sizes_stay() -> None:
     assert without_number("density 0.1 at 4096 keys") != without_number("density 0.1 at 8192 keys")
     assert without_number("model.layers[3].attn") == without_number("model.layers[12].attn")
     assert without_number("head size 72 is not supported") != without_number("head size 48 is not supported")
+
+
+def test_a_picture_is_drawn_of_the_graphs_that_were_kept(tmp_path: Path) -> None:
+    assert full_report().draw(tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_title_of_a_graph_says_its_number_once() -> None:
+    assert graph(name="graph 0").title == "Graph 0"
+    assert graph(name="forward").title == "Graph 0: forward"
 
 
 def test_drawing_an_unknown_graph_is_refused(tmp_path: Path) -> None:
