@@ -8,7 +8,7 @@ from sparsepass.kernels import spec
 
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CPU_HEAD_DIMS = (16, 256)
-DEFAULT_BLOCK = {"cuda": 128, "cpu": 64}
+DEFAULT_BLOCK = {"cuda": 128, "cpu": 128}
 """Tokens per block of the lists where the budget names none."""
 
 
