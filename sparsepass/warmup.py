@@ -13,6 +13,7 @@ from sparsepass.errors import SparsepassError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
     from sparsepass.hints import Hint
 
 log = logging.getLogger("sparsepass")

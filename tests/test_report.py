@@ -15,7 +15,6 @@ from sparsepass.report import GraphReport, Outcome, Report, ReportError, SiteRep
 from sparsepass.report_table import fold_sites, index_ranges
 from sparsepass.types import CAUSAL, DENSE, AttentionSite, Band, Budget, MaskSummary, Phase, PlanEntry, Skip
 
-
 TEXT = st.text(alphabet='ab[]{}"\\\n\t é\u2028', max_size=8)
 
 
