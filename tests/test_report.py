@@ -15,6 +15,8 @@ from sparsepass.report import GraphReport, Outcome, Report, ReportError, SiteRep
 from sparsepass.report_table import fold_sites, index_ranges
 from sparsepass.types import CAUSAL, DENSE, AttentionSite, Band, Budget, MaskSummary, Phase, PlanEntry, Skip
 
+TEXT = st.text(alphabet='ab[]{}"\\\n\t é\u2028', max_size=8)
+
 
 def site(index: int, **changes: object) -> AttentionSite:
     base = AttentionSite(
@@ -92,11 +94,9 @@ def test_json_round_trips_every_field() -> None:
     density=st.none() | st.floats(0, 1),
     length=st.integers(1, 2**20) | st.sampled_from(["s0", "s0 + 1"]),
     mask=st.none() | st.builds(MaskSummary, st.builds(Band, st.integers(-1, 9), st.integers(-1, 9))),
-    reason=st.text(),
+    reason=TEXT,
     peak=st.none() | st.integers(0),
-    params=st.dictionaries(
-        st.text(), st.none() | st.booleans() | st.integers() | st.floats(0, 1) | st.text(), max_size=3
-    ),
+    params=st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.floats(0, 1) | TEXT, max_size=3),
 )
 def test_json_round_trips_any_values(
     density: float | None,
