@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("attend_cpu.cpp")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+if platform.machine() in ("x86_64", "AMD64"):
+    FLAGS += ("-mprefer-vector-width=512",)  # compilers default to 256 bits; the softmax is a third of the time in bf16
 
 
 class BuildError(Exception):

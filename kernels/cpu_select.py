@@ -46,7 +46,7 @@ def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
     # Ranges that meet prove nothing by themselves; what is left is little (edges of documents) and tested by token.
     found = undecided.nonzero()
     step = max(1, _PAIRS // (mask.q_block * mask.kv_block))
-    for part in found.split(step):
+    for part in found.split(step) if len(found) else ():
         item, row, column = part.unbind(1)
         seen = ~mask.hidden_pairs(item, row, column[:, None])
         allowed[item, row, column] = seen.flatten(1).any(1)
