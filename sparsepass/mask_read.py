@@ -34,7 +34,8 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         for name in names:
             HANDLERS[name] = handler  # a method call
-            for module in (operator, torch, torch.Tensor, torch.nn.functional):
+            places = (torch.Tensor,) if name.startswith("__") else (operator, torch, torch.Tensor, torch.nn.functional)
+            for module in places:
                 if (function := getattr(module, name, None)) is not None:
                     HANDLERS[function] = handler
         return handler
@@ -270,16 +271,16 @@ def _arithmetic(name: str, swapped: bool = False) -> Handler:
 
 
 for _name in COMPARISONS:
-    handles(_name)(_comparison(_name))
+    handles(_name, f"__{_name}__")(_comparison(_name))
 handles("greater_equal")(_comparison("ge"))
 handles("greater")(_comparison("gt"))
 handles("less_equal")(_comparison("le"))
 handles("less")(_comparison("lt"))
 handles("not_equal")(_comparison("ne"))
-handles("add")(_arithmetic("add"))
-handles("sub", "subtract")(_arithmetic("sub"))
-handles("rsub")(_arithmetic("sub", swapped=True))
-handles("mul", "multiply")(_arithmetic("mul"))
+handles("add", "__add__", "__radd__")(_arithmetic("add"))
+handles("sub", "subtract", "__sub__")(_arithmetic("sub"))
+handles("rsub", "__rsub__")(_arithmetic("sub", swapped=True))
+handles("mul", "multiply", "__mul__", "__rmul__")(_arithmetic("mul"))
 
 
 def _connective(name: str, logical: bool) -> Handler:
@@ -295,8 +296,8 @@ def _connective(name: str, logical: bool) -> Handler:
     return handler
 
 
-handles("and_", "__and__", "bitwise_and")(_connective("and", logical=False))
-handles("or_", "__or__", "bitwise_or")(_connective("or", logical=False))
+handles("and_", "__and__", "__rand__", "bitwise_and")(_connective("and", logical=False))
+handles("or_", "__or__", "__ror__", "bitwise_or")(_connective("or", logical=False))
 handles("logical_and")(_connective("and", logical=True))
 handles("logical_or")(_connective("or", logical=True))
 
