@@ -145,7 +145,7 @@ def near_misses(width: int) -> list[Term]:
         lambda c: c["pad"].bool().roll(1, -1)[c["b"], c["k"]],
         lambda c: c["pad"].bool()[c["b"], c["k"] - 1],
         lambda c: c["pad"].bool()[c["b"] * 0, c["k"]],
-        lambda c: c["pad"].bool()[c["b"], c["pos"].clamp(0, 5)[:, None, None, :]],
+        lambda c: c["pad"].bool()[c["b"], c["pos"].clamp(0, 4)[:, None, None, :]],
         lambda c: (c["pad"] == 1)[c["b"], c["k"]] | (c["pad"] == 2)[c["b"], c["k"]],
         lambda c: c["pad"].bool()[:, None, None, :] & c["pad"].bool()[:, None, :, None],
         lambda c: c["pad"].bool()[:, None, None, :] == c["pad"].bool()[:, None, :, None],
