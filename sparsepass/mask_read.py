@@ -79,10 +79,11 @@ def title(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class Carrier:
-    """An existing boolean node that holds a predicate for every (batch, key): ``node.reshape(-1, kv_len)``."""
+    """An existing boolean node whose rows hold a predicate for every (batch, key), possibly with more keys at the end."""
 
     node: fx.Node
-    rank: int
+    detour: tuple[bool, int]
+    """What is unhandy about it: having more keys, and a rank other than 2. The least is taken."""
 
 
 class MaskReader:
@@ -142,11 +143,12 @@ class MaskReader:
         return Bool(self.logic.read(opaque)) if tensor.dtype is torch.bool else Int(opaque.symbol)
 
     def _carry(self, pred: Pred, node: fx.Node, index: Index) -> None:
-        """Remember ``node`` for ``pred`` if its elements in order are [batch or 1, key]."""
+        """Remember ``node`` for ``pred`` if its elements in order are [batch or 1, key], of these keys at least."""
         if not index or index[-1] != self.key:
             return
         sizes = sizes_of(self.tensor(node))
-        if not self.prover.equal(sizes[-1], self.domain[index[-1]]):
+        longer = not self.prover.equal(sizes[-1], self.domain[self.key])
+        if longer and not self.prover.nonpositive(self.domain[self.key] - sizes[-1]):
             return
         seen_batch = False
         for size, at in zip(sizes[:-1], index[:-1], strict=True):
@@ -154,9 +156,9 @@ class MaskReader:
                 seen_batch = True
             elif size != 1:
                 return
-        known = self.carriers.get(pred)
-        if known is None or (len(index) - 2) ** 2 < (known.rank - 2) ** 2:
-            self.carriers[pred] = Carrier(node, len(index))
+        known, detour = self.carriers.get(pred), (longer, abs(len(index) - 2))
+        if known is None or detour < known.detour:
+            self.carriers[pred] = Carrier(node, detour)
 
     @property
     def visited(self) -> set[fx.Node]:

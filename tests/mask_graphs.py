@@ -24,7 +24,7 @@ def rebuild(terms: MaskTerms, values: dict[fx.Node, torch.Tensor], q_len: int, k
         visible = visible & (columns <= rows + terms.band.right)
     for node in terms.padding:
         assert values[node].dtype is torch.bool
-        visible = visible & values[node].reshape(-1, kv_len)[:, None, None, :]
+        visible = visible & values[node].reshape(-1, values[node].shape[-1])[:, None, None, :kv_len]
     if terms.segments is not None:
         ids = values[terms.segments]
         assert ids.dim() == 2
@@ -102,6 +102,7 @@ class Checker:
                     site.calls += 1
                     q_len, kv_len = real.shape[-2:]
                     expected = rebuild(site.terms, interpreter.values, q_len, kv_len)
+                    real = real[(None,) * (4 - real.dim())]
                     expected = expected.expand_as(real)
                     assert torch.equal(real, expected), (site.terms, tuple(real.shape), gm.code)
             return result

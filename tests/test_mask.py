@@ -45,7 +45,7 @@ def changed_after_reading(pad: torch.Tensor) -> torch.Tensor:
 
 def in_place_and(pad: torch.Tensor) -> torch.Tensor:
     mask = causal(pad)
-    mask &= mask.t()
+    mask &= mask.t().clone()
     return mask
 
 
