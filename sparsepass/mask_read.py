@@ -79,7 +79,7 @@ def title(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class Carrier:
-    """An existing boolean node whose rows hold a predicate for every (batch, key), possibly with more keys at the end."""
+    """An existing boolean node whose rows hold a predicate for every (batch, key), maybe with more keys at the end."""
 
     node: fx.Node
     detour: tuple[bool, int]
