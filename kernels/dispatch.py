@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.spec import default_block, why_not
+from sparsepass.kernels.support import default_block, why_not
 
 UNBOUNDED = -1
 
@@ -71,13 +71,13 @@ def select_pooled_topk(
     Raises ``KernelInputError``.
     """
     _check(query, key, key)
-    size = default_block(query.device.type) if block is None else block
+    size = default_block(query.device) if block is None else block
     if size not in (64, 128):
         raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
     if query.device.type == "cuda":
         from sparsepass.kernels.select_triton import select_blocks_cuda as select
     else:
-        from sparsepass.kernels.cpu_select import select_blocks_cpu as select
+        from sparsepass.kernels.cpu import select_blocks_cpu as select
     num, indices = select(
         query,
         key,
@@ -114,7 +114,7 @@ def block_sparse_attention(
     if query.device.type == "cuda":
         from sparsepass.kernels.attend_triton import block_sparse_attention_cuda as attend
     else:
-        from sparsepass.kernels.cpu_attend import block_sparse_attention_cpu as attend
+        from sparsepass.kernels.cpu import block_sparse_attention_cpu as attend
     out, lse = attend(
         query,
         key,
@@ -149,8 +149,6 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         raise KernelInputError(
             f"query has {query.shape[1]} heads and key {key.shape[1]}; query heads must be a multiple of key heads."
         )
-    reason = why_not(
-        device_type=query.device.type, dtype=query.dtype, head_dim=query.shape[3], v_head_dim=value.shape[3]
-    )
+    reason = why_not(query.device, query.dtype, query.shape[3], value.shape[3])
     if reason:
         raise KernelInputError(reason)

@@ -29,7 +29,8 @@ class ErrorsInWords(TyperGroup):
         try:
             return super().invoke(ctx)
         except SparsepassError as error:
-            Console(stderr=True).print(Text("Error: ", style="bold red").append(str(error), style="not bold default"))
+            message = Text("Error: ", style="bold red").append(str(error), style="not bold default")
+            Console(stderr=True).print(message, soft_wrap=True)
             raise typer.Exit(2) from error
 
 
@@ -134,10 +135,10 @@ def explain(
     kind = _dtype(dtype, place)
     with Console(stderr=True).status("building the model"):
         if model is not None:
-            built = load_model(str(model), attn=attn, dtype=kind, device=place)
+            built = load_model(str(model), attn=attn.value, dtype=kind, device=place)
         else:
             shape = ModelShape(layers, heads, kv_heads, head_dim, hidden, max_length=length)
-            built = build_random_model(arch, shape, attn=attn, dtype=kind, device=place)
+            built = build_random_model(arch, shape, attn=attn.value, dtype=kind, device=place)
         inputs = random_inputs(built, length=length, batch=batch, padding=padding.value)
     options = {name: True for name, on in (("always_sparse", always_sparse), ("inductor", inductor)) if on}
     report = _explain(built, inputs, task, policy, {f"sparsepass.{name}": on for name, on in options.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -138,7 +139,8 @@ def _block(fold: Fold, measure: Measure) -> _Block:
 
 def _site(first: DrawNode, last: DrawNode, measure: Measure) -> Box:
     lines = [Line(KIND_WORDS.get(first.kind, first.kind), 10, bold=True)]
-    lines += [Line(part) for text in first.label.splitlines() for part in textwrap.wrap(text, _WRAP)]
+    label = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", first.label)
+    lines += [Line(part) for text in label.splitlines() for part in textwrap.wrap(text, _WRAP)]
     name = first.name if first.name == last.name else f"{first.name} .. {last.name}"
     lines += [Line(part, 8, faint=True) for part in textwrap.wrap(name, _WRAP + 4)]
     return _sized(first.kind, tuple(lines), measure)

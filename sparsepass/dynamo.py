@@ -31,11 +31,15 @@ def count_compile() -> None:
 
 
 def raise_recompile_limit() -> None:
-    """Make room for one graph per (length bucket, plan). Dynamo reads the limit at each compile."""
-    config = torch._dynamo.config
-    if config.recompile_limit < RECOMPILE_LIMIT:
-        log.debug("raising torch._dynamo.config.recompile_limit from %d to %d", config.recompile_limit, RECOMPILE_LIMIT)
-        config.recompile_limit = RECOMPILE_LIMIT
+    """Make room for one graph per (length bucket, plan), in every thread. A limit that the user set stays.
+
+    The default is raised, not the value: values are kept per context (torch 2.13), so that a thread started later would
+    not see one that was set here.
+    """
+    entry = torch._dynamo.config._config["recompile_limit"]
+    if entry.default < RECOMPILE_LIMIT:
+        log.debug("raising torch._dynamo.config.recompile_limit from %d to %d", entry.default, RECOMPILE_LIMIT)
+        entry.default = RECOMPILE_LIMIT
 
 
 def install_plan_guard(registry_key: str) -> str:

@@ -1,8 +1,8 @@
-"""Expressions that the elements of a mask are made of: integers, predicates and two-valued numbers over symbolic indices.
+"""Expressions that the elements of a mask are made of: integers, predicates, two-valued numbers over symbolic indices.
 
 An element of a mask is a function of its indices (batch, head, query, key). Here it is a tree over sympy expressions:
-``key - query <= 0`` for a causal mask. What is not such a function (a graph input, an operation that is not known) is an
-`Opaque` symbol that remembers which node it reads at which indices. Nothing is ever evaluated at sample points.
+``key - query <= 0`` for a causal mask. What is not such a function (a graph input, an operation that is not known) is
+an `Opaque` symbol that remembers which node it reads at which indices. Nothing is ever evaluated at sample points.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_tru
 from torch.utils._sympy.functions import Max, Min
 
 Size = int | torch.SymInt
+NOTHING = sympy.Integer(0)
 
 
 def expr_of(size: Size) -> sympy.Expr:
@@ -26,7 +27,7 @@ def expr_of(size: Size) -> sympy.Expr:
 
 
 class Prover:
-    """Facts about sizes that hold for every run of the graph: from the ranges and guards it already has, adding none."""
+    """Facts about sizes that hold for every run of the graph, from the ranges and guards it has. It adds none."""
 
     def __init__(self, shape_env: ShapeEnv | None) -> None:
         self.shape_env = shape_env
@@ -68,7 +69,7 @@ class Prover:
 
 @dataclass(frozen=True, eq=False)
 class Opaque:
-    """A number or truth value that is not an expression: ``node`` read at ``index``, or ``what`` applied to ``index``."""
+    """An element that is not an expression: ``node`` read at ``index``, or the function ``what`` of ``index``."""
 
     symbol: sympy.Symbol
     node: fx.Node
@@ -98,7 +99,7 @@ class Pred:
     """A truth value. Interned by `Logic`: equal predicates are the same object, so graphs that share stay small."""
 
     kind: Kind
-    expr: sympy.Expr | None = None
+    expr: sympy.Expr = NOTHING
     parts: tuple[Pred, ...] = ()
     depends: frozenset[sympy.Symbol] = frozenset()
 
@@ -147,10 +148,10 @@ class Logic:
             self._opaque_keys[key] = self.opaques[symbol] = made
         return self._opaque_keys[key]
 
-    def _intern(self, kind: Kind, expr: sympy.Expr | None, parts: tuple[Pred, ...]) -> Pred:
+    def _intern(self, kind: Kind, expr: sympy.Expr, parts: tuple[Pred, ...]) -> Pred:
         key = (kind, expr, tuple(id(part) for part in parts))
         if key not in self._preds:
-            depends = self.depends(expr) if expr is not None else frozenset[sympy.Symbol]()
+            depends = self.depends(expr)
             self._preds[key] = Pred(kind, expr, parts, depends.union(*(part.depends for part in parts)))
         return self._preds[key]
 
@@ -187,7 +188,7 @@ class Logic:
         kept = tuple(dict.fromkeys(part for part in parts if part is not neutral))
         if len(kept) <= 1:
             return kept[0] if kept else neutral
-        return self._intern(kind, None, kept)
+        return self._intern(kind, NOTHING, kept)
 
     def negate(self, pred: Pred) -> Pred:
         """The opposite of ``pred``, with the negation pushed to the leaves."""

@@ -1,7 +1,7 @@
 """Which nodes of a captured graph hold a tensor that the graph changes in place.
 
 A Dynamo graph is not functional: after ``mask &= other`` or a cache write, a node no longer means what it was computed
-as. Reading a mask from its definition, or reusing one of its nodes later, is right only for nodes that stay as they are.
+as. Reading a mask from its definition, or reusing its nodes later, is right only for nodes that stay as they are.
 """
 
 from __future__ import annotations
@@ -12,87 +12,30 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-_IN_PLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in [
-        "iadd",
-        "iand",
-        "ifloordiv",
-        "ilshift",
-        "imod",
-        "imul",
-        "imatmul",
-        "ior",
-        "ipow",
-        "irshift",
-        "isub",
-        "itruediv",
-        "ixor",
-        "setitem",
-        "delitem",
-    ]
-}
+_IN_PLACE_OPERATORS = (
+    operator.iadd,
+    operator.iand,
+    operator.ifloordiv,
+    operator.ilshift,
+    operator.imod,
+    operator.imul,
+    operator.imatmul,
+    operator.ior,
+    operator.ipow,
+    operator.irshift,
+    operator.isub,
+    operator.itruediv,
+    operator.ixor,
+    operator.setitem,
+    operator.delitem,
+)
 _FRESH = frozenset(
-    [
-        "arange",
-        "ones",
-        "zeros",
-        "full",
-        "new_ones",
-        "new_zeros",
-        "new_full",
-        "ones_like",
-        "zeros_like",
-        "full_like",
-        "tril",
-        "triu",
-        "cumsum",
-        "diff",
-        "embedding",
-        "le",
-        "lt",
-        "ge",
-        "gt",
-        "eq",
-        "ne",
-        "add",
-        "sub",
-        "mul",
-        "rsub",
-        "neg",
-        "abs",
-        "floordiv",
-        "truediv",
-        "and_",
-        "or_",
-        "xor",
-        "invert",
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_not",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-        "where",
-        "masked_fill",
-        "clone",
-        "linear",
-        "matmul",
-        "cos",
-        "sin",
-        "softmax",
-        "pow",
-        "mean",
-        "rsqrt",
-        "silu",
-        "gelu",
-        "tanh",
-        "scaled_dot_product_attention",
-        "cat",
-        "stack",
-        "item",
-        "sum",
-    ]
+    """
+    arange ones zeros full new_ones new_zeros new_full ones_like zeros_like full_like
+    le lt ge gt eq ne add sub mul rsub neg abs floordiv truediv and_ or_ xor invert where masked_fill
+    bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not tril triu cumsum diff sum mean
+    embedding linear matmul scaled_dot_product_attention softmax cos sin pow rsqrt silu gelu tanh cat stack clone item
+    """.split()  # noqa: SIM905  one name a line is harder to read
 )
 """Operations whose result shares no memory with their operands. Any other is taken to share."""
 
@@ -134,7 +77,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def mutated_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Every node whose memory may be written after it was made, with the first node that writes it. Linear in the graph."""
+    """Every node whose memory may be written after it was made, with the first node that writes it."""
     found: dict[fx.Node, fx.Node] = {}
     for writer in graph.nodes:
         pending = list(_written(writer))

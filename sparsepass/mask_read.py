@@ -23,6 +23,7 @@ Index = tuple[sympy.Expr, ...]
 Handler = Callable[["MaskReader", fx.Node, Index], Value]
 HANDLERS: dict[object, Handler] = {}
 ZERO = sympy.Integer(0)
+ONE = sympy.Integer(1)
 READS_PER_NODE = 32
 """Different indices at which one node is followed: keeps the walk linear whatever the graph is."""
 
@@ -84,15 +85,26 @@ class Carrier:
 
 
 class MaskReader:
-    """Reads nodes of one graph. ``domain`` gives the size that each index variable stays below."""
+    """Reads nodes of one graph. ``domain`` gives the size that each index variable stays below.
 
-    def __init__(self, logic: Logic, prover: Prover, domain: dict[sympy.Symbol, sympy.Expr]) -> None:
+    ``carriers`` collects the nodes that hold a predicate for every pair of the variables ``batch`` and ``key``.
+    """
+
+    def __init__(
+        self,
+        logic: Logic,
+        prover: Prover,
+        domain: dict[sympy.Symbol, sympy.Expr],
+        *,
+        batch: sympy.Symbol,
+        key: sympy.Symbol,
+    ) -> None:
         self.logic = logic
         self.prover = prover
         self.domain = domain
+        self.batch = batch
+        self.key = key
         self.carriers: dict[Pred, Carrier] = {}
-        self.batch: sympy.Symbol | None = None
-        self.key: sympy.Symbol | None = None
         self._memo: dict[tuple[fx.Node, Index], Value] = {}
         self._reads: dict[fx.Node, int] = {}
         self._variables: dict[fx.Node, sympy.Symbol] = {}

@@ -131,9 +131,8 @@ def _fold(fold: Fold, left: Choice, right: Choice, dtype: torch.dtype, logic: Lo
     if left.yes == left.no or left.pred is logic.true:
         return Choice(right.pred, at(left.yes, right.yes), at(left.yes, right.no))
     if right.yes == right.no or right.pred is logic.true or right.pred is left.pred:
-        return Choice(
-            left.pred, at(left.yes, right.yes), at(left.no, right.no if right.pred is left.pred else right.yes)
-        )
+        opposite = right.no if right.pred is left.pred else right.yes
+        return Choice(left.pred, at(left.yes, right.yes), at(left.no, opposite))
     corner = at(left.no, right.no)  # two different conditions: still two-valued when one corner stands out
     if at(left.yes, right.no) == corner == at(left.no, right.yes):
         return Choice(logic.all_of(left.pred, right.pred), at(left.yes, right.yes), corner)

@@ -68,6 +68,7 @@ def build_random_model(arch: str, shape: ModelShape, *, attn: str, dtype: torch.
     transformers = _transformers()
     import torch
 
+    attn = str(attn)  # Dynamo breaks the graph on an enum there, even one that is a str
     config = _config(transformers, arch, shape)
     torch.manual_seed(0)
     try:
@@ -89,7 +90,7 @@ def load_model(path: str, *, attn: str, dtype: torch.dtype, device: str) -> Any:
     transformers = _transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=attn, dtype=dtype, local_files_only=True
+            path, attn_implementation=str(attn), dtype=dtype, local_files_only=True
         )
     except Exception as error:
         raise ModelError(f"Cannot load a model from {path!r}: {_first_line(error)}{_advice(error)}") from error

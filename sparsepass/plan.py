@@ -16,7 +16,7 @@ import torch
 from sparsepass import dynamo
 from sparsepass.crossover import Verdict, sparse_wins
 from sparsepass.hints import current_hint, resolve_hint
-from sparsepass.kernels.spec import why_not
+from sparsepass.kernels.support import why_not
 from sparsepass.mask import MaskTerms
 from sparsepass.methods import encode_budget, make_method
 from sparsepass.policy import Policy
@@ -103,12 +103,7 @@ def _refusal(found: FoundSite) -> Skip | None:
         return found.terms
     if site.kv_heads == 0 or site.heads % site.kv_heads:
         return Skip(f"{site.heads} query heads are no multiple of {site.kv_heads} key/value heads")
-    reason = why_not(
-        device_type=torch.device(site.device).type,
-        dtype=getattr(torch, site.dtype),
-        head_dim=site.head_dim,
-        v_head_dim=site.v_head_dim,
-    )
+    reason = why_not(torch.device(site.device), getattr(torch, site.dtype), site.head_dim, site.v_head_dim)
     return Skip(reason) if reason else None
 
 

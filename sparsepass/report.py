@@ -100,6 +100,12 @@ class GraphReport:
     nodes: tuple[DrawNode, ...] = ()
     """The captured graph, for the picture; empty when it was not kept."""
 
+    @property
+    def title(self) -> str:
+        """``Graph 0``, with the name if it says more."""
+        number = f"Graph {self.index}"
+        return number if self.name.lower() in ("", number.lower()) else f"{number}: {self.name}"
+
     def counts(self) -> Counter[Outcome]:
         """Sites per outcome. Decode sites are taken from ``decode_sites``, whether or not ``sites`` lists them."""
         counts: Counter[Outcome] = Counter(s.outcome for s in self.sites if s.outcome is not Outcome.DECODE)
@@ -234,9 +240,7 @@ class Report:
                 "written without nodes). Draw the report that explain() returned."
             )
         footer = f"{plural(left_out, 'more graph')} not drawn: Report.draw(path, graphs=[...])" if left_out > 0 else ""
-        panels = [
-            Panel(f"Graph {g.index}: {g.name}", f"task {g.task}, length bucket {g.bucket}", g.nodes) for g in chosen
-        ]
+        panels = [Panel(g.title, f"task {g.task}, length bucket {g.bucket}", g.nodes) for g in chosen]
         return draw_panels(panels, path, footer=footer)
 
 

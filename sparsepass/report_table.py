@@ -59,7 +59,7 @@ def plain_text(renderable: RenderableType, width: int) -> str:
 
 
 def _graph(graph: GraphReport, *, verbose: bool, ascii_only: bool) -> list[RenderableType]:
-    title = Text(f"Graph {graph.index}: {graph.name}", style="bold")
+    title = Text(graph.title, style="bold")
     task = "unknown (no hint)" if graph.task == TaskClass.UNKNOWN else graph.task
     title.append(f"  task {task}, length bucket {graph.bucket}", style="not bold")
     ran = f"  {plural(graph.runs, 'run')}, compiled in {graph.compile_seconds:.1f} s, plan {graph.plan_key}"

@@ -47,6 +47,7 @@ class Rewriter:
             new.meta = {**old.meta, "example_value": value(new)}
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
+            self.nodes[found.attention.output] = new  # a later site may read it
             self.replaced[found.site.name] = new
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -81,10 +81,23 @@ def _first_match(candidates: list[Pattern], view: CanonicalGraph, node: fx.Node)
 
 
 def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
-    """Softmax over logits (a sampler, a router) is no attention: one is fed by a product and feeds a product."""
+    """Softmax over logits (a sampler, a router) is no attention: scores are a product of two activations.
+
+    Follows the softmax's input a few steps up to a product of tensors of three dimensions or more.
+    """
     if view.ops[node].name != "softmax":
         return True
-    return any(view.ops[user].name == "matmul" for user in view.users(node))
+    reached = [node]
+    for _ in range(6):
+        reached = [
+            source
+            for current in reached
+            for operand in view.ops[current].operands
+            if isinstance(source := view.resolve(operand), fx.Node)
+        ]
+        if any(view.ops[n].name == "matmul" and all(len(shape(o)) >= 3 for o in view.ops[n].operands) for n in reached):
+            return True
+    return False
 
 
 def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip]) -> FoundSite:

@@ -13,6 +13,7 @@ from sparsepass.errors import SparsepassError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
     from sparsepass.hints import Hint
 
 log = logging.getLogger("sparsepass")
@@ -164,9 +165,9 @@ def _accepts(model: Any, name: str) -> bool:
 
 def _mark_lengths(inputs: Mapping[str, Any], length: int) -> None:
     import torch
-    from torch._dynamo import (
-        maybe_mark_dynamic,  # documented, in spite of its place; unlike mark_dynamic never an error
-    )
+
+    # Documented, in spite of where it lives; unlike mark_dynamic it never raises if the model fixes the size after all.
+    from torch._dynamo import maybe_mark_dynamic
 
     for value in inputs.values():
         if isinstance(value, torch.Tensor) and length > 1:

@@ -112,7 +112,7 @@ def test_layout_has_no_overlap_over_several_columns() -> None:
     assert scene.width > scene.height / 2  # not one endless column
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_graph_is_condensed_without_loss_and_laid_out_without_overlap(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 40))
@@ -127,6 +127,12 @@ def test_any_graph_is_condensed_without_loss_and_laid_out_without_overlap(data: 
     shown = sum((stage.ops + len(stage.sites)) * fold.times for fold in graph.folds for stage in fold.stages)
     assert shown + sum(s.ops for s in graph.shared) == count
     check(layout(graph, measure))
+
+
+def test_long_fractions_are_shortened_in_the_picture_alone() -> None:
+    node = DrawNode("attn", (), "sparse", "pooled_topk(density=0.28284271247461906)")
+    (box,) = layout(condense([node]), measure).boxes
+    assert "pooled_topk(density=0.283)" in [line.text for line in box.lines]
 
 
 def test_png_and_svg_are_written(tmp_path: Path) -> None:

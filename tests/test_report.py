@@ -15,6 +15,8 @@ from sparsepass.report import GraphReport, Outcome, Report, ReportError, SiteRep
 from sparsepass.report_table import fold_sites, index_ranges
 from sparsepass.types import CAUSAL, DENSE, AttentionSite, Band, Budget, MaskSummary, Phase, PlanEntry, Skip
 
+TEXT = st.text(alphabet='ab[]{}"\\\n\t é\u2028', max_size=8)
+
 
 def site(index: int, **changes: object) -> AttentionSite:
     base = AttentionSite(
@@ -87,16 +89,14 @@ def test_json_round_trips_every_field() -> None:
     assert Report.from_json(report.to_json()) == report
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     density=st.none() | st.floats(0, 1),
     length=st.integers(1, 2**20) | st.sampled_from(["s0", "s0 + 1"]),
     mask=st.none() | st.builds(MaskSummary, st.builds(Band, st.integers(-1, 9), st.integers(-1, 9))),
-    reason=st.text(),
+    reason=TEXT,
     peak=st.none() | st.integers(0),
-    params=st.dictionaries(
-        st.text(), st.none() | st.booleans() | st.integers() | st.floats(0, 1) | st.text(), max_size=3
-    ),
+    params=st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.floats(0, 1) | TEXT, max_size=3),
 )
 def test_json_round_trips_any_values(
     density: float | None,
@@ -230,6 +230,15 @@ def test_layer_numbers_are_taken_out_but_densities_and_sizes_stay() -> None:
     assert without_number("density 0.1 at 4096 keys") != without_number("density 0.1 at 8192 keys")
     assert without_number("model.layers[3].attn") == without_number("model.layers[12].attn")
     assert without_number("head size 72 is not supported") != without_number("head size 48 is not supported")
+
+
+def test_a_picture_is_drawn_of_the_graphs_that_were_kept(tmp_path: Path) -> None:
+    assert full_report().draw(tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_title_of_a_graph_says_its_number_once() -> None:
+    assert graph(name="graph 0").title == "Graph 0"
+    assert graph(name="forward").title == "Graph 0: forward"
 
 
 def test_drawing_an_unknown_graph_is_refused(tmp_path: Path) -> None:

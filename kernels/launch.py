@@ -1,0 +1,141 @@
+"""What the CUDA launchers share: argument checks, and a launch as data that can be run, or compiled without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsepass.errors import KernelInputError
+from sparsepass.kernels.blocks import ceil_div
+
+NO_LIMIT = 1 << 30
+"""An unbounded side of a band, small enough that position plus limit stays inside int32."""
+
+MAX_TOKENS = 1 << 29
+"""Positions and offsets stay under this, so that every in-kernel comparison fits int32. Addresses are int64."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: ``kernel[grid](**arguments, **options)``. Tests compile it for targets they do not have."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def run_all(launches: list[Launch], device: torch.device) -> None:
+    """Runs the launches in order on the device's current stream, without synchronizing."""
+    if device.type != "cuda":  # the interpreter
+        for launch in launches:
+            launch.run()
+        return
+    with torch.cuda.device(device):
+        for launch in launches:
+            launch.run()
+
+
+def side(limit: int) -> int:
+    """``left`` or ``right`` as the kernels take it."""
+    return NO_LIMIT if limit < 0 else min(limit, NO_LIMIT)
+
+
+def empty_block_ranges(segments: Tensor, block: int) -> Tensor:
+    """Room for the least and greatest segment of each block: int32 [2, B, blocks]."""
+    batch, length = segments.shape
+    return torch.empty(2, batch, ceil_div(length, block), dtype=torch.int32, device=segments.device)
+
+
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """Raises KernelInputError with the message, which is built only then."""
+    if not condition:
+        raise KernelInputError(message())
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor | None, offset: int, q_block: int, kv_block: int) -> None:
+    """Raises KernelInputError unless q [B, H, Sq, D], k [B, Hkv, Skv, D] and v [B, Hkv, Skv, Dv] go together."""
+    named = [("q", q), ("k", k)] + ([("v", v)] if v is not None else [])
+    for name, x in named:
+        require(x.dim() == 4, lambda: f"{name} has shape {tuple(x.shape)}; expected [batch, heads, length, head_dim].")  # noqa: B023
+        require(
+            x.dtype == q.dtype and x.device == q.device,
+            lambda: f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; convert them to one.",  # noqa: B023
+        )
+        require(x.numel() > 0, lambda: f"{name} has shape {tuple(x.shape)}; no dimension may be 0.")  # noqa: B023
+        if x is not q:
+            require(
+                x.shape[0] == q.shape[0] and q.shape[1] % x.shape[1] == 0 and x.shape[1:3] == k.shape[1:3],
+                lambda: (
+                    f"{name} has shape {tuple(x.shape)} beside q {tuple(q.shape)} and k {tuple(k.shape)}; expected the "  # noqa: B023
+                    "same batch, and KV heads that divide the query heads."
+                ),
+            )
+    require(k.shape[3] == q.shape[3], lambda: f"q has head_dim {q.shape[3]}, k has {k.shape[3]}; they must be equal.")
+    tokens = max(q.shape[2], k.shape[2]) + abs(offset)
+    require(tokens < MAX_TOKENS, lambda: f"length plus offset is {tokens}; the kernels address up to {MAX_TOKENS}.")
+    for name, block in (("q_block", q_block), ("kv_block", kv_block)):
+        require(
+            block >= 16 and block & (block - 1) == 0,
+            lambda: f"{name} is {block}; expected a power of two of at least 16.",  # noqa: B023
+        )
+
+
+def check_segments(
+    q: Tensor, k: Tensor, q_segments: Tensor | None, kv_segments: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The segments as the kernels take them. Raises KernelInputError on a wrong shape, dtype or device."""
+    if kv_segments is None:
+        require(
+            q_segments is None,
+            lambda: "q_segments is given without kv_segments; pass both, or kv_segments alone for key padding.",
+        )
+        return None, None
+    for name, segments, x in (("q_segments", q_segments, q), ("kv_segments", kv_segments, k)):
+        if segments is None:
+            continue
+        wanted = (x.shape[0], x.shape[2])
+        require(
+            tuple(segments.shape) == wanted and segments.dtype == torch.int32 and segments.device == q.device,
+            lambda: (
+                f"{name} is {segments.dtype} {tuple(segments.shape)} on {segments.device}; "  # noqa: B023
+                f"expected int32 {wanted} on {q.device}."  # noqa: B023
+            ),
+        )
+    return q_segments, kv_segments
+
+
+def check_lists(kv_num_blocks: Tensor, kv_indices: Tensor, q: Tensor, q_block: int) -> None:
+    """Raises KernelInputError unless the lists fit q: [B or 1, H or 1, nq] and [..., width], int32, on q's device."""
+    batch, heads = q.shape[:2]
+    rows = ceil_div(q.shape[2], q_block)
+    shape = tuple(kv_num_blocks.shape)
+    require(
+        len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == rows,
+        lambda: f"kv_num_blocks has shape {shape}; expected [{batch} or 1, {heads} or 1, {rows}].",
+    )
+    require(
+        kv_indices.dim() == 4 and tuple(kv_indices.shape[:3]) == shape and kv_indices.shape[3] > 0,
+        lambda: f"kv_indices has shape {tuple(kv_indices.shape)}; expected {(*shape, 'width')}, width at least 1.",
+    )
+    for name, lists in (("kv_num_blocks", kv_num_blocks), ("kv_indices", kv_indices)):
+        require(
+            lists.dtype == torch.int32 and lists.device == q.device,
+            lambda: f"{name} is {lists.dtype} on {lists.device}; expected int32 on {q.device}.",  # noqa: B023
+        )
+
+
+def check_counter(counter: Tensor | None, q: Tensor) -> None:
+    """Raises KernelInputError unless the counter is None or contiguous int64 [3] on q's device."""
+    require(
+        counter is None
+        or (tuple(counter.shape) == (3,) and counter.dtype == torch.int64 and counter.device == q.device),
+        lambda: f"counter is {counter!r}; expected int64 [3] on {q.device}.",
+    )

@@ -1,0 +1,235 @@
+"""Triton kernels over block lists and segments: which segments a block holds, and which listed blocks need a mask.
+
+Conventions of shapes, bands, segments and lists: ``kernels/reference.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsepass.kernels import launch as host
+from sparsepass.kernels.blocks import ceil_div
+from sparsepass.kernels.launch import Launch
+
+
+@triton.jit(do_not_specialize=["stride_b", "length", "blocks", "planes"])
+def _segment_ranges(segments_ptr, ranges_ptr, stride_b, stride_s, length, blocks, planes, BLOCK: tl.constexpr):
+    """Least and greatest segment of every block of tokens: ranges [2, B, blocks]; ``planes`` is B * blocks."""
+    block = tl.program_id(0)
+    item = tl.program_id(1)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < length
+    row = segments_ptr + item.to(tl.int64) * stride_b
+    segment = tl.load(row + token.to(tl.int64) * stride_s, mask=inside, other=0)
+    place = item * blocks + block
+    tl.store(ranges_ptr + place, tl.min(tl.where(inside, segment, 2147483647), 0))
+    tl.store(ranges_ptr + planes + place, tl.max(tl.where(inside, segment, -2147483648), 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "count_stride_b",
+        "count_stride_h",
+        "list_stride_b",
+        "list_stride_h",
+        "list_stride_r",
+        "heads",
+        "rows",
+        "width",
+        "q_len",
+        "kv_len",
+        "left",
+        "right",
+        "offset",
+        "kv_blocks",
+        "q_planes",
+        "kv_planes",
+        "times",
+    ]
+)
+def _partition_lists(
+    counts_ptr,
+    lists_ptr,
+    edge_counts_ptr,
+    parted_ptr,
+    q_ranges_ptr,
+    kv_ranges_ptr,
+    counter_ptr,
+    count_stride_b,
+    count_stride_h,
+    count_stride_r,
+    list_stride_b,
+    list_stride_h,
+    list_stride_r,
+    list_stride_e,
+    heads,
+    rows,
+    width,
+    q_len,
+    kv_len,
+    left,
+    right,
+    offset,
+    kv_blocks,
+    q_planes,
+    kv_planes,
+    times,
+    Q_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_Q_SEGMENTS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Copies one row's list with the blocks that need a mask first, and writes how many those are.
+
+    Grid: (rows, heads, batch) of the lists. ``times`` is how many (batch, head) pairs share a row, for the counter.
+    """
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    item = tl.program_id(2)
+    count = tl.load(
+        counts_ptr
+        + item.to(tl.int64) * count_stride_b
+        + head.to(tl.int64) * count_stride_h
+        + row.to(tl.int64) * count_stride_r
+    )
+    source = (
+        lists_ptr
+        + item.to(tl.int64) * list_stride_b
+        + head.to(tl.int64) * list_stride_h
+        + row.to(tl.int64) * list_stride_r
+    )
+    place = (item * heads + head).to(tl.int64) * rows + row
+    target = parted_ptr + place * width
+
+    first_position = row * Q_BLOCK + offset
+    last_position = tl.minimum((row + 1) * Q_BLOCK, q_len) - 1 + offset
+    if HAS_Q_SEGMENTS:
+        q_low = tl.load(q_ranges_ptr + item * rows + row)
+        q_high = tl.load(q_ranges_ptr + q_planes + item * rows + row)
+    else:
+        q_low = 0
+        q_high = 0
+
+    edges = 0
+    inner = 0
+    for begin in range(0, count, CHUNK):
+        entry = begin + tl.arange(0, CHUNK)
+        valid = entry < count
+        block = tl.load(source + entry.to(tl.int64) * list_stride_e, mask=valid, other=0)
+        first_key = block * KV_BLOCK
+        last_key = first_key + KV_BLOCK - 1
+        whole = (last_key < kv_len) & (first_key >= last_position - left) & (last_key <= first_position + right)
+        if HAS_SEGMENTS:
+            kv_low = tl.load(kv_ranges_ptr + item * kv_blocks + block, mask=valid, other=0)
+            kv_high = tl.load(kv_ranges_ptr + kv_planes + item * kv_blocks + block, mask=valid, other=0)
+            # A range of one segment on both sides, the same, and no padding: then every pair is visible.
+            whole = whole & (kv_low == kv_high) & (q_low == q_high) & (kv_low == q_low) & (kv_low != -1)
+        edge = (valid & (whole == 0)).to(tl.int32)
+        whole_here = (valid & whole).to(tl.int32)
+        tl.store(target + edges + tl.cumsum(edge, 0) - 1, block, mask=edge != 0)
+        tl.store(target + count - inner - tl.cumsum(whole_here, 0), block, mask=whole_here != 0)
+        edges += tl.sum(edge, 0)
+        inner += tl.sum(whole_here, 0)
+    tl.store(edge_counts_ptr + place, edges)
+    if COUNT:
+        tl.atomic_add(counter_ptr + 1, count.to(tl.int64) * times, sem="relaxed")
+        if (row == 0) & (head == 0) & (item == 0):
+            tl.atomic_add(counter_ptr, tl.full([], 1, tl.int64), sem="relaxed")
+
+
+def segment_range_launch(segments: Tensor, block: int) -> tuple[Launch, Tensor]:
+    """The launch that finds each block's least and greatest segment, and its result int32 [2, B, blocks]."""
+    ranges = host.empty_block_ranges(segments, block)
+    batch, length = segments.shape
+    arguments: dict[str, Any] = {
+        "segments_ptr": segments,
+        "ranges_ptr": ranges,
+        "stride_b": segments.stride(0),
+        "stride_s": segments.stride(1),
+        "length": length,
+        "blocks": ranges.shape[2],
+        "planes": ranges.stride(0),
+        "BLOCK": block,
+    }
+    return Launch(_segment_ranges, (ranges.shape[2], batch), arguments, {"num_warps": 1}), ranges
+
+
+def partition_launches(
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    q_len: int,
+    kv_len: int,
+    batch: int,
+    heads: int,
+    left: int,
+    right: int,
+    offset: int,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    q_block: int,
+    kv_block: int,
+    counter: Tensor | None,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """Launches that order every list with the blocks needing a mask first, and what they fill.
+
+    Returns (launches, lists int32 [Bp, Hp, nq, width], how many need a mask int32 [Bp, Hp, nq]); Hp is that of the
+    given lists, Bp too unless there are segments.
+    """
+    launches: list[Launch] = []
+    q_ranges = kv_ranges = None
+    if kv_segments is not None:
+        launch, kv_ranges = segment_range_launch(kv_segments, kv_block)
+        launches.append(launch)
+        if q_segments is not None:
+            launch, q_ranges = segment_range_launch(q_segments, q_block)
+            launches.append(launch)
+    list_batch, list_heads, rows = kv_num_blocks.shape
+    width = kv_indices.shape[3]
+    # Which blocks need a mask depends on the batch item once there are segments, even if the lists are shared.
+    part_batch = batch if kv_segments is not None else list_batch
+    edge_counts = kv_indices.new_empty(part_batch, list_heads, rows)
+    parted = kv_indices.new_empty(part_batch, list_heads, rows, width)
+    unused = edge_counts  # a pointer for what is not there; never read
+    arguments: dict[str, Any] = {
+        "counts_ptr": kv_num_blocks,
+        "lists_ptr": kv_indices,
+        "edge_counts_ptr": edge_counts,
+        "parted_ptr": parted,
+        "q_ranges_ptr": unused if q_ranges is None else q_ranges,
+        "kv_ranges_ptr": unused if kv_ranges is None else kv_ranges,
+        "counter_ptr": unused if counter is None else counter,
+        "count_stride_b": kv_num_blocks.stride(0) if list_batch > 1 else 0,
+        "count_stride_h": kv_num_blocks.stride(1) if list_heads > 1 else 0,
+        "count_stride_r": kv_num_blocks.stride(2),
+        "list_stride_b": kv_indices.stride(0) if list_batch > 1 else 0,
+        "list_stride_h": kv_indices.stride(1) if list_heads > 1 else 0,
+        "list_stride_r": kv_indices.stride(2),
+        "list_stride_e": kv_indices.stride(3),
+        "heads": list_heads,
+        "rows": rows,
+        "width": width,
+        "q_len": q_len,
+        "kv_len": kv_len,
+        "left": host.side(left),
+        "right": host.side(right),
+        "offset": offset,
+        "kv_blocks": ceil_div(kv_len, kv_block),
+        "q_planes": 0 if q_ranges is None else q_ranges.stride(0),
+        "kv_planes": 0 if kv_ranges is None else kv_ranges.stride(0),
+        "times": (batch // part_batch) * (heads // list_heads),
+        "Q_BLOCK": q_block,
+        "KV_BLOCK": kv_block,
+        "CHUNK": 64,
+        "HAS_SEGMENTS": kv_segments is not None,
+        "HAS_Q_SEGMENTS": q_segments is not None,
+        "COUNT": counter is not None,
+    }
+    launches.append(Launch(_partition_lists, (rows, list_heads, part_batch), arguments, {"num_warps": 1}))
+    return launches, parted, edge_counts

@@ -1,0 +1,121 @@
+"""What each kernel supports, as data, and why it does not take what it does not. No Triton import."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from sparsepass.errors import KernelInputError
+
+Capability = tuple[int, int]
+"""CUDA compute capability, for instance (9, 0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """The inputs that one device's kernels take."""
+
+    device_type: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, int]
+    """Least and greatest head size; others than powers of two are padded inside the kernel."""
+    tuned_head_dims: tuple[int, ...]
+    """Head sizes that models use: compiled for every target in the tests, and timed."""
+    capabilities: tuple[Capability, ...]
+    """CUDA targets that the tests compile for; any capability from the first on runs."""
+    max_kv_blocks: int
+    """Longest row of blocks that selection handles."""
+
+
+CUDA = KernelSpec(
+    device_type="cuda",
+    dtypes=(torch.float16, torch.bfloat16, torch.float32),
+    head_dims=(16, 256),
+    tuned_head_dims=(64, 80, 96, 128, 256),
+    capabilities=((8, 0), (9, 0), (10, 0)),
+    max_kv_blocks=32768,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttendTile:
+    """Shape of one attend program: query rows, keys per step, warps, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    edge_n: int = 64
+    edge_stages: int = 1
+    precision: str = "ieee"
+
+
+def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> AttendTile:
+    """The tile for a dtype and head size on a CUDA target: measured on (9, 0); elsewhere sized to fit unspilled."""
+    if dtype == torch.float32:
+        if head_dim > 128:
+            return AttendTile(32, 16, 8, 1, edge_n=16)
+        return AttendTile(32, 16, 8, 2, edge_n=16) if head_dim > 64 else AttendTile(64, 32, 8, 2, edge_n=16)
+    if capability >= (9, 0):
+        return AttendTile(128, 64, 8, 2, edge_n=32) if head_dim > 128 else AttendTile(128, 128, 8, 3, edge_n=64)
+    return AttendTile(64, 32, 8, 2, edge_n=16) if head_dim > 128 else AttendTile(128, 64, 8, 2, edge_n=32)
+
+
+@lru_cache
+def _capability(index: int) -> Capability:
+    return torch.cuda.get_device_capability(index)
+
+
+def capability_of(device: torch.device) -> Capability:
+    """Compute capability of a CUDA device; under the interpreter that of a Hopper GPU, so that its tiles are tested."""
+    if device.type != "cuda":
+        return (9, 0)
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def triton_missing() -> bool:
+    """True when the package ``triton`` is not installed."""
+    return find_spec("triton") is None
+
+
+def why_not(
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    capability: Capability | None = None,
+) -> str | None:
+    """None when the CUDA kernels take these inputs, else a sentence for the user.
+
+    ``capability`` is asked of the device unless given; pass it to ask about a GPU that is not here.
+    """
+    if triton_missing():
+        return "Triton is not installed; install it with pip install 'sparsepass[triton]'."
+    if device.type != CUDA.device_type and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"The Triton kernels run on cuda devices, not on {device.type}."
+    if dtype not in CUDA.dtypes:
+        known = ", ".join(str(x).removeprefix("torch.") for x in CUDA.dtypes)
+        return f"dtype {str(dtype).removeprefix('torch.')} is not supported; supported: {known}."
+    low, high = CUDA.head_dims
+    for name, size in (("head_dim", head_dim), ("v_head_dim", head_dim if v_head_dim is None else v_head_dim)):
+        if not low <= size <= high:
+            return f"{name} {size} is not supported; supported: {low} to {high}."
+    capability = capability_of(device) if capability is None else capability
+    if capability < CUDA.capabilities[0]:
+        least = ".".join(map(str, CUDA.capabilities[0]))
+        return f"This GPU has compute capability {capability[0]}.{capability[1]}; {least} or newer is needed."
+    return None
+
+
+def refuse_unsupported(name: str, q: Tensor, v_head_dim: int | None = None) -> None:
+    """Raises KernelInputError with the reason when the CUDA kernels do not take ``q``."""
+    reason = why_not(device=q.device, dtype=q.dtype, head_dim=q.shape[3], v_head_dim=v_head_dim)
+    if reason is not None:
+        raise KernelInputError(f"{name}: {reason}")
