@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsepass.kernels import cpu_native
 from sparsepass.kernels.blocks import blocks_per_row, list_width
 from sparsepass.kernels.cpu_mask import PADDING, Visibility
 
@@ -46,11 +47,41 @@ def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
     # Ranges that meet prove nothing by themselves; what is left is little (edges of documents) and tested by token.
     found = undecided.nonzero()
     step = max(1, _PAIRS // (mask.q_block * mask.kv_block))
-    for part in found.split(step):
+    for part in found.split(step) if len(found) else ():
         item, row, column = part.unbind(1)
         seen = ~mask.hidden_pairs(item, row, column[:, None])
         allowed[item, row, column] = seen.flatten(1).any(1)
     return allowed
+
+
+def select(
+    q: Tensor, k: Tensor, mask: Visibility, scale: float, allowed: Tensor, budget: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The selection in torch operations, where the C++ kernel does not serve. As ``cpu_native.select``."""
+    batch, heads, q_len, _ = q.shape
+    kv_heads = k.shape[1]
+    visible = allowed.sum(-1)
+    queries = _block_means(q, mask.q_block, None if mask.kv_segments is None else mask.q_segments)
+    keys = _block_means(k, mask.kv_block, mask.kv_segments)
+    grouped = queries.unflatten(1, (kv_heads, heads // kv_heads))
+    scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
+
+    last = (torch.arange(1, mask.q_blocks + 1) * mask.q_block).clamp(max=q_len) - 1 + mask.offset
+    diagonal = torch.div(last, mask.kv_block, rounding_mode="floor")[:, None]
+    column = torch.arange(mask.kv_blocks)
+    forced = (column == diagonal) | (column == diagonal - 1)
+    forced = allowed & (forced | (allowed.cumsum(-1) == 1))
+
+    limits = torch.finfo(scores.dtype)
+    # Three tiers that scores cannot leave: hidden, allowed (NaN lowest), always kept.
+    scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
+    scores = torch.where(allowed[:, None], scores, -torch.inf).masked_fill(forced[:, None], torch.inf)
+    ranked = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :width]
+    count = torch.maximum(torch.minimum(visible[:, None], budget[:, :, None]), forced.sum(-1)[:, None])
+    count = count.expand(batch, heads, -1)
+    filled = torch.arange(width) < count[..., None]
+    chosen = torch.where(filled, ranked, mask.kv_blocks).sort(-1).values
+    return count.to(torch.int32), torch.where(filled, chosen, 0).to(torch.int32), visible
 
 
 @torch.no_grad()
@@ -89,40 +120,22 @@ def select_blocks_cpu(
     kv_len, kv_heads = k.shape[2], k.shape[1]
     mask = Visibility(q_len, kv_len, q_block, kv_block, left, right, offset, q_segments, kv_segments)
     shape = (q_len, kv_len, left, right, offset, q_block, kv_block)
-    budget: int | Tensor
     if isinstance(density, Tensor):
         shares = density.to("cpu", torch.float64).tolist()
         bound = max_density if max_density is not None else max(max(row) for row in shares)
         widest = blocks_per_row(*shape, density=bound)
-        budget = torch.tensor([[min(widest, blocks_per_row(*shape, density=x)) for x in row] for row in shares])
-        budget = budget.expand(batch, heads)[:, :, None]
+        budgets = [[min(widest, blocks_per_row(*shape, density=share)) for share in row] for row in shares]
     else:
-        widest = budget = blocks_per_row(*shape, density=density)
+        widest = blocks_per_row(*shape, density=density)
+        budgets = [[widest]]
+    budget = torch.tensor(budgets, dtype=torch.int32).expand(batch, heads)
     width = list_width(kv_len, kv_block, widest)
 
-    allowed = allowed_blocks(mask, batch)
-    visible = allowed.sum(-1)
+    if cpu_native.available(q.dtype):
+        allowed = None if kv_segments is None else allowed_blocks(mask, batch)
+        counts, indices, visible = cpu_native.select(q, k, mask, scale, allowed, budget, width)
+    else:
+        counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width)
     if counter is not None:
         counter[2] += visible.expand(batch, -1).sum() * heads
-
-    queries = _block_means(q, q_block, None if kv_segments is None else q_segments)
-    keys = _block_means(k, kv_block, kv_segments)
-    grouped = queries.unflatten(1, (kv_heads, heads // kv_heads))
-    scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
-
-    last = (torch.arange(1, mask.q_blocks + 1) * q_block).clamp(max=q_len) - 1 + offset
-    diagonal = torch.div(last, kv_block, rounding_mode="floor")[:, None]
-    column = torch.arange(mask.kv_blocks)
-    forced = (column == diagonal) | (column == diagonal - 1)
-    forced = allowed & (forced | (allowed.cumsum(-1) == 1))
-
-    limits = torch.finfo(scores.dtype)
-    # Three tiers that scores cannot leave: hidden, allowed (NaN lowest), always kept.
-    scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
-    scores = torch.where(allowed[:, None], scores, -torch.inf).masked_fill(forced[:, None], torch.inf)
-    ranked = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :width]
-    count = torch.maximum(torch.clamp(visible[:, None], max=budget), forced.sum(-1)[:, None])
-    count = count.expand(batch, heads, -1)
-    filled = torch.arange(width) < count[..., None]
-    chosen = torch.where(filled, ranked, mask.kv_blocks).sort(-1).values
-    return count.to(torch.int32), torch.where(filled, chosen, 0).to(torch.int32)
+    return counts, indices

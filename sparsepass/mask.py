@@ -33,8 +33,9 @@ class MaskTerms:
 
     band: Band
     padding: tuple[fx.Node, ...] = ()
-    """Existing boolean nodes, True = key visible; all must hold. ``node.reshape(-1, kv_len)`` is [B or 1, Skv]: mostly
-    the node has that shape already, it may also be [Skv] or have dimensions of size 1 in between ([B, 1, 1, Skv])."""
+    """Existing boolean nodes, True = key visible; all must hold. Mostly [B or 1, Skv], but one may also be [Skv], have
+    dimensions of size 1 in between ([B, 1, 1, Skv]) or more keys at the end: always right is
+    ``node.reshape(-1, node.shape[-1])[:, :kv_len]``."""
     segments: fx.Node | None = None
     """Existing integer node [B or 1, S] (Sq == Skv == S): a key is visible where its id is that of the query."""
 

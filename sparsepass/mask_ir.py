@@ -41,7 +41,11 @@ class Prover:
             return True
         if self.shape_env is None:
             return False
-        return bool(statically_known_true(self.shape_env.create_symintnode(expr, hint=None) <= 0))
+        slack = expr.as_coeff_Add()[0]  # guards are matched as they were written: try without a helpful constant too
+        return any(
+            statically_known_true(self.shape_env.create_symintnode(stronger, hint=None) <= 0)
+            for stronger in ([expr, expr - slack] if slack < 0 else [expr])
+        )
 
     def equal(self, left: sympy.Expr, right: sympy.Expr) -> bool:
         """Whether the two are certainly the same number."""

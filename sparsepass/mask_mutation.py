@@ -44,6 +44,13 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
+def _is_fresh(node: fx.Node) -> bool:
+    name = _name(node)
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+    return node.op in ("call_function", "call_method") and (name in _FRESH or f"{name}_" in _FRESH)
+
+
 def _holds_tensor(node: fx.Node) -> bool:
     value = node.meta.get("example_value", node.meta.get("val"))
     return not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
@@ -86,7 +93,7 @@ def mutated_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             if node in found or not _holds_tensor(node):
                 continue
             found[node] = writer
-            if _name(node) not in _FRESH or node.op == "placeholder":
+            if not _is_fresh(node):
                 pending += node.all_input_nodes
-            pending += [user for user in node.users if _name(user) not in _FRESH or user.op == "placeholder"]
+            pending += [user for user in node.users if not _is_fresh(user)]
     return found

@@ -34,7 +34,8 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         for name in names:
             HANDLERS[name] = handler  # a method call
-            for module in (operator, torch, torch.Tensor, torch.nn.functional):
+            places = (torch.Tensor,) if name.startswith("__") else (operator, torch, torch.Tensor, torch.nn.functional)
+            for module in places:
                 if (function := getattr(module, name, None)) is not None:
                     HANDLERS[function] = handler
         return handler
@@ -78,10 +79,11 @@ def title(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class Carrier:
-    """An existing boolean node that holds a predicate for every (batch, key): ``node.reshape(-1, kv_len)``."""
+    """An existing boolean node whose rows hold a predicate for every (batch, key), maybe with more keys at the end."""
 
     node: fx.Node
-    rank: int
+    detour: tuple[bool, int]
+    """What is unhandy about it: having more keys, and a rank other than 2. The least is taken."""
 
 
 class MaskReader:
@@ -141,11 +143,12 @@ class MaskReader:
         return Bool(self.logic.read(opaque)) if tensor.dtype is torch.bool else Int(opaque.symbol)
 
     def _carry(self, pred: Pred, node: fx.Node, index: Index) -> None:
-        """Remember ``node`` for ``pred`` if its elements in order are [batch or 1, key]."""
+        """Remember ``node`` for ``pred`` if its elements in order are [batch or 1, key], of these keys at least."""
         if not index or index[-1] != self.key:
             return
         sizes = sizes_of(self.tensor(node))
-        if not self.prover.equal(sizes[-1], self.domain[index[-1]]):
+        longer = not self.prover.equal(sizes[-1], self.domain[self.key])
+        if longer and not self.prover.nonpositive(self.domain[self.key] - sizes[-1]):
             return
         seen_batch = False
         for size, at in zip(sizes[:-1], index[:-1], strict=True):
@@ -153,9 +156,9 @@ class MaskReader:
                 seen_batch = True
             elif size != 1:
                 return
-        known = self.carriers.get(pred)
-        if known is None or (len(index) - 2) ** 2 < (known.rank - 2) ** 2:
-            self.carriers[pred] = Carrier(node, len(index))
+        known, detour = self.carriers.get(pred), (longer, abs(len(index) - 2))
+        if known is None or detour < known.detour:
+            self.carriers[pred] = Carrier(node, detour)
 
     @property
     def visited(self) -> set[fx.Node]:
@@ -270,16 +273,16 @@ def _arithmetic(name: str, swapped: bool = False) -> Handler:
 
 
 for _name in COMPARISONS:
-    handles(_name)(_comparison(_name))
+    handles(_name, f"__{_name}__")(_comparison(_name))
 handles("greater_equal")(_comparison("ge"))
 handles("greater")(_comparison("gt"))
 handles("less_equal")(_comparison("le"))
 handles("less")(_comparison("lt"))
 handles("not_equal")(_comparison("ne"))
-handles("add")(_arithmetic("add"))
-handles("sub", "subtract")(_arithmetic("sub"))
-handles("rsub")(_arithmetic("sub", swapped=True))
-handles("mul", "multiply")(_arithmetic("mul"))
+handles("add", "__add__", "__radd__")(_arithmetic("add"))
+handles("sub", "subtract", "__sub__")(_arithmetic("sub"))
+handles("rsub", "__rsub__")(_arithmetic("sub", swapped=True))
+handles("mul", "multiply", "__mul__", "__rmul__")(_arithmetic("mul"))
 
 
 def _connective(name: str, logical: bool) -> Handler:
@@ -295,8 +298,8 @@ def _connective(name: str, logical: bool) -> Handler:
     return handler
 
 
-handles("and_", "__and__", "bitwise_and")(_connective("and", logical=False))
-handles("or_", "__or__", "bitwise_or")(_connective("or", logical=False))
+handles("and_", "__and__", "__rand__", "bitwise_and")(_connective("and", logical=False))
+handles("or_", "__or__", "__ror__", "bitwise_or")(_connective("or", logical=False))
 handles("logical_and")(_connective("and", logical=True))
 handles("logical_or")(_connective("or", logical=True))
 

@@ -11,9 +11,9 @@ from torch import fx
 from sparsepass.mask_ir import Int, Opaque
 from sparsepass.mask_read import MaskReader, argument, scalar, tensor_of
 
-_SUM = ("cumsum", torch.cumsum)
-_DIFF = ("diff", torch.diff)
-_DIFFERS = ("ne", "not_equal", operator.ne, torch.ne, torch.not_equal)
+_SUM = ("cumsum", torch.cumsum, torch.Tensor.cumsum)
+_DIFF = ("diff", torch.diff, torch.Tensor.diff)
+_DIFFERS = ("ne", "__ne__", "not_equal", operator.ne, torch.ne, torch.not_equal, torch.Tensor.__ne__)
 
 
 def numbers_runs_of(ids: Opaque, positions: Opaque, reader: MaskReader) -> bool:

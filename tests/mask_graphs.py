@@ -24,7 +24,7 @@ def rebuild(terms: MaskTerms, values: dict[fx.Node, torch.Tensor], q_len: int, k
         visible = visible & (columns <= rows + terms.band.right)
     for node in terms.padding:
         assert values[node].dtype is torch.bool
-        visible = visible & values[node].reshape(-1, kv_len)[:, None, None, :]
+        visible = visible & values[node].reshape(-1, values[node].shape[-1])[:, None, None, :kv_len]
     if terms.segments is not None:
         ids = values[terms.segments]
         assert ids.dim() == 2
@@ -61,7 +61,7 @@ class Site:
 
 
 def masks_of(graph: fx.Graph) -> list[tuple[fx.Node, Any, Any]]:
-    """Masks with query and key lengths: of SDPA calls, of ``scores + mask`` before a softmax, else the first output."""
+    """Masks with query and key lengths: of SDPA calls, of ``scores + mask`` before a softmax, else all outputs."""
     sites = []
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
@@ -74,9 +74,9 @@ def masks_of(graph: fx.Graph) -> list[tuple[fx.Node, Any, Any]]:
             sites.append((mask, shape[-2], shape[-1]))
     if not sites:
         (results,) = next(node for node in graph.nodes if node.op == "output").args
-        if results and isinstance(results[0], fx.Node) and results[0].op != "get_attr":
-            shape = results[0].meta["example_value"].shape
-            sites.append((results[0], shape[-2], shape[-1]))
+        for mask in results:
+            shape = mask.meta["example_value"].shape
+            sites.append((mask, shape[-2], shape[-1]))
     return sites
 
 
@@ -102,7 +102,8 @@ class Checker:
                     site.calls += 1
                     q_len, kv_len = real.shape[-2:]
                     expected = rebuild(site.terms, interpreter.values, q_len, kv_len)
-                    real, expected = torch.broadcast_tensors(real, expected)
+                    real = real[(None,) * (4 - real.dim())]
+                    expected = expected.expand_as(real)
                     assert torch.equal(real, expected), (site.terms, tuple(real.shape), gm.code)
             return result
 

@@ -189,12 +189,12 @@ def test_chunked_prefill(kind: str, past: int, padded: bool, dynamic: bool) -> N
     assert len(site.found.padding) == padded
 
 
-@pytest.mark.parametrize("past", [5, WINDOW - 1, WINDOW, 30])
-def test_sliding_cache(past: int) -> None:
+@pytest.mark.parametrize(("past", "dynamic"), [(5, False), (WINDOW - 1, False), (WINDOW, False), (5, True), (30, True)])
+def test_sliding_cache(past: int, dynamic: bool) -> None:
     """A cache that dropped old keys starts its keys at an offset."""
     maker = Maker("sliding_window_causal", "eager")
     cache = filled(DynamicCache(config=maker.config), past)
-    site = only(check(maker, (embeds(40), None, None, cache)))
+    site = only(check(maker, (embeds(40), None, None, cache), dynamic=dynamic))
     assert site.found.band == Band(left=WINDOW - 1, right=0, align=Align.BOTTOM_RIGHT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsepass.kernels import cpu_native
 from sparsepass.kernels.cpu import select_blocks_cpu
 from sparsepass.kernels.reference import block_scores_reference, listed_blocks, select_blocks_reference
 from tests.kernels.strategies import Case, cases
+
+@pytest.fixture(params=["native", "torch"], scope="module", autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each implementation behind the public function; the C++ one where it can be built."""
+    if request.param == "native" and not cpu_native.available(torch.float32):
+        pytest.skip("the C++ kernels cannot be built here")
+    patch = pytest.MonkeyPatch()
+    if request.param == "torch":
+        patch.setattr(cpu_native, "available", lambda dtype: False)
+    yield
+    patch.undo()
+
 
 DENSITIES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0)
 

@@ -1,0 +1,499 @@
+"""Pooled block top-k in Triton (The Sparse Frontier, arXiv 2504.17768): which key blocks each query block attends to.
+
+Q and K are read once, to average their blocks. Then one program takes a few rows of one head, scores them against every
+block average, finds each row's k-th best score exactly by bisection over the bits of its float32 scores, and writes the
+lists: scores never leave registers. Conventions of shapes, bands, segments and lists: ``kernels/reference.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsepass.kernels import launch as host
+from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width
+from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.lists_triton import segment_range_launch
+from sparsepass.kernels.spec import CUDA, refuse_unsupported
+
+UNROLL = 8
+"""Dimensions handled per step of the score loop; block averages are padded with zeros to a multiple of it."""
+
+
+@triton.jit(do_not_specialize=["segment_stride_b", "length", "out_stride_h", "out_stride_r", "out_stride_d"])
+def _average_blocks(
+    x_ptr,
+    segments_ptr,
+    out_ptr,
+    x_stride_b,
+    x_stride_h,
+    x_stride_s,
+    x_stride_d,
+    segment_stride_b,
+    segment_stride_s,
+    out_stride_h,
+    out_stride_r,
+    out_stride_d,
+    length,
+    heads,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+):
+    """Mean over one block of tokens, without those of segment -1. Grid: (blocks, heads, batch)."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    item = tl.program_id(2)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, BLOCK_D)
+    used = token < length
+    if HAS_SEGMENTS:
+        segment_row = segments_ptr + item.to(tl.int64) * segment_stride_b
+        segment = tl.load(segment_row + token.to(tl.int64) * segment_stride_s, mask=used, other=-1)
+        used = segment != -1
+    base = x_ptr + item.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
+    x = tl.load(
+        base + token.to(tl.int64)[:, None] * x_stride_s + dim.to(tl.int64)[None, :] * x_stride_d,
+        mask=used[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    count = tl.maximum(tl.sum(used.to(tl.int32), 0), 1)
+    out = out_ptr + (item * heads + head).to(tl.int64) * out_stride_h + block.to(tl.int64) * out_stride_r
+    tl.store(out + dim.to(tl.int64) * out_stride_d, tl.sum(x, 0) / count.to(tl.float32), mask=dim < PADDED_DIM)
+
+
+@triton.jit(do_not_specialize=["density_stride_b", "q_len", "kv_len", "left", "right", "offset", "most"])
+def _budgets_from_densities(
+    density_ptr,
+    budget_ptr,
+    density_stride_b,
+    density_stride_h,
+    q_len,
+    kv_len,
+    left,
+    right,
+    offset,
+    most,
+    heads,
+    Q_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """``blocks.blocks_per_row`` on the device, at most ``most``. Grid: (heads, batch of the densities)."""
+    head = tl.program_id(0)
+    item = tl.program_id(1)
+    first = tl.arange(0, ROWS) * Q_BLOCK
+    low = tl.maximum(first + offset - left, 0)
+    high = tl.minimum(tl.minimum(first + Q_BLOCK, q_len) - 1 + offset + right, kv_len - 1)
+    visible = tl.where((first < q_len) & (low <= high), tl.maximum(high, 0) // KV_BLOCK - low // KV_BLOCK + 1, 0)
+    density = tl.load(density_ptr + item.to(tl.int64) * density_stride_b + head * density_stride_h)
+    share = tl.where(density < 1.0, density, 1.0).to(tl.float64)  # NaN gives 1: more, never less
+    wanted = share * tl.sum(visible, 0).to(tl.float64)
+    budget = 0
+    for bit in tl.static_range(BITS - 1, -1, -1):
+        smaller = budget + (1 << bit)
+        too_few = tl.sum(tl.minimum(visible, smaller - 1), 0).to(tl.float64) < wanted
+        budget = tl.where(too_few, smaller, budget)
+    tl.store(budget_ptr + item * heads + head, tl.minimum(budget, most))
+
+
+@triton.jit(
+    do_not_specialize=["q_segments_stride_b", "kv_segments_stride_b", "q_planes", "kv_planes", "q_len", "kv_len"]
+    + ["left", "right", "offset", "rows", "blocks"]  # noqa: RUF005
+)
+def _allowed_blocks(
+    q_segments_ptr,
+    kv_segments_ptr,
+    q_ranges_ptr,
+    kv_ranges_ptr,
+    allowed_ptr,
+    q_segments_stride_b,
+    q_segments_stride_s,
+    kv_segments_stride_b,
+    kv_segments_stride_s,
+    q_planes,
+    kv_planes,
+    q_len,
+    kv_len,
+    left,
+    right,
+    offset,
+    rows,
+    blocks,
+    Q_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_Q_SEGMENTS: tl.constexpr,
+):
+    """int8 [B, nq, nkv]: 1 where any pair is visible through band and segments. Grid: (chunks of nkv, nq, batch).
+
+    Ranges of segments settle most blocks; where they overlap without being one and the same, the pairs are looked at.
+    """
+    column = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    row = tl.program_id(1)
+    item = tl.program_id(2)
+    there = column < blocks
+    kv_low = tl.load(kv_ranges_ptr + item * blocks + column, mask=there, other=-1)
+    kv_high = tl.load(kv_ranges_ptr + kv_planes + item * blocks + column, mask=there, other=-1)
+    if HAS_Q_SEGMENTS:
+        q_low = tl.load(q_ranges_ptr + item * rows + row)
+        q_high = tl.load(q_ranges_ptr + q_planes + item * rows + row)
+    else:
+        q_low = 0
+        q_high = 0
+    first = row * Q_BLOCK + offset
+    last = tl.minimum((row + 1) * Q_BLOCK, q_len) - 1 + offset
+    key = column * KV_BLOCK
+    in_band = there & (key + KV_BLOCK - 1 >= first - left) & (key <= last + right) & (last >= -right)
+    in_band = in_band & (first - left < kv_len)
+    overlap = in_band & (q_low <= kv_high) & (kv_low <= q_high)
+    single = (q_low == q_high) & (kv_low == kv_high)
+    allowed = (overlap & single & (kv_low != -1)).to(tl.int32)
+    unsure = (overlap & (single == 0)).to(tl.int32)
+    if tl.max(unsure, 0) > 0:
+        token = row * Q_BLOCK + tl.arange(0, Q_BLOCK)
+        position = token + offset
+        inside = token < q_len
+        q_segment = tl.zeros([Q_BLOCK], tl.int32)
+        if HAS_Q_SEGMENTS:
+            q_row = q_segments_ptr + item.to(tl.int64) * q_segments_stride_b
+            q_segment = tl.load(q_row + token.to(tl.int64) * q_segments_stride_s, mask=inside, other=-1)
+        kv_row = kv_segments_ptr + item.to(tl.int64) * kv_segments_stride_b
+        lane = tl.arange(0, CHUNK)
+        for index in range(CHUNK):
+            if tl.max(tl.where(lane == index, unsure, 0), 0) > 0:
+                keys = (tl.program_id(0) * CHUNK + index) * KV_BLOCK + tl.arange(0, KV_BLOCK)
+                segment = tl.load(kv_row + keys.to(tl.int64) * kv_segments_stride_s, mask=keys < kv_len, other=-1)
+                pair = (q_segment[:, None] == segment[None, :]) & (segment != -1)[None, :] & inside[:, None]
+                pair = pair & (keys[None, :] >= (position - left)[:, None])
+                pair = pair & (keys[None, :] <= (position + right)[:, None])
+                allowed = tl.where(lane == index, tl.max(tl.max(pair.to(tl.int32), 1), 0), allowed)
+    place = (item.to(tl.int64) * rows + row) * blocks
+    tl.store(allowed_ptr + place + column, allowed.to(tl.int8), mask=there)
+
+
+@triton.jit(
+    do_not_specialize=["budget", "budget_stride_b", "q_len", "kv_len", "left", "right", "offset", "rows"]
+    + ["blocks", "width", "groups"]  # noqa: RUF005
+)
+def _select(
+    q_means_ptr,
+    k_means_ptr,
+    allowed_ptr,
+    budget_ptr,
+    counts_ptr,
+    lists_ptr,
+    counter_ptr,
+    scale,
+    budget,
+    budget_stride_b,
+    q_len,
+    kv_len,
+    left,
+    right,
+    offset,
+    rows,
+    blocks,
+    width,
+    groups,
+    heads,
+    GROUP: tl.constexpr,
+    Q_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DIM: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    HAS_BUDGETS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Lists of ROWS query blocks of one head, all key blocks at once (COLUMNS of them). Grid: (B * H * groups,)."""
+    program = tl.program_id(0)
+    head = program // groups % heads
+    item = program // groups // heads
+    row = (groups - 1 - program % groups) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    plane = (item * heads + head).to(tl.int64)
+    kv_plane = (item * (heads // GROUP) + head // GROUP).to(tl.int64)
+
+    first = row * Q_BLOCK + offset
+    last = tl.minimum((row + 1) * Q_BLOCK, q_len) - 1 + offset
+    low = tl.maximum(first - left, 0)
+    high = tl.minimum(last + right, kv_len - 1)
+    allowed = (row < rows) & (low <= high) & (column * KV_BLOCK <= high) & (column * KV_BLOCK + KV_BLOCK > low)
+    if HAS_SEGMENTS:
+        bits = allowed_ptr + (item.to(tl.int64) * rows + row) * blocks + column
+        allowed = allowed & (tl.load(bits, mask=allowed, other=0) != 0)
+
+    # Outer products, dimension by dimension, in float32: exact up to rounding, and in the same order everywhere.
+    score = tl.zeros([ROWS, COLUMNS], tl.float32)
+    used = (column * KV_BLOCK <= tl.max(high, 0)[:, None]) & (column * KV_BLOCK + KV_BLOCK > tl.min(low, 0)[:, None])
+    q_at = q_means_ptr + (plane * rows + row) * DIM
+    k_at = k_means_ptr + kv_plane * DIM * blocks + column
+    for dim in range(0, DIM, UNROLL):
+        for step in tl.static_range(UNROLL):
+            q = tl.load(q_at + dim + step, mask=row < rows, other=0.0)
+            k = tl.load(k_at + (dim + step) * blocks, mask=used & (column < blocks), other=0.0)
+            score += q * k
+    score = score * scale
+
+    # Integers in the order of the floats. -0.0 becomes 0.0, NaN the least of all floats.
+    score = tl.where(score == 0.0, 0.0, score)
+    score = tl.where(score == score, score, float("-inf"))
+    bits = score.to(tl.int32, bitcast=True)
+    rank = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    sink = tl.min(tl.where(allowed, column, COLUMNS), 1)[:, None]
+    diagonal = tl.where(last >= 0, tl.maximum(last, 0) // KV_BLOCK, -2)
+    forced = allowed & ((column == sink) | (column == diagonal) | (column == diagonal - 1))
+    rank = tl.where(forced, 0x7FFFFFFF, tl.where(allowed, rank, -0x80000000))
+
+    visible = tl.sum(allowed.to(tl.int32), 1)
+    if HAS_BUDGETS:
+        budget = tl.load(budget_ptr + item * budget_stride_b + head)
+    keep = tl.maximum(tl.minimum(visible, budget), tl.sum(forced.to(tl.int32), 1))
+
+    # The greatest threshold with at least `keep` ranks at or over it, bit by bit from the sign: the k-th best rank.
+    threshold = tl.full([ROWS], -0x80000000, tl.int32)
+    for bit in range(32):
+        candidate = threshold ^ (tl.full([], 1, tl.int32) << (31 - bit))
+        reached = tl.sum((rank >= candidate[:, None]).to(tl.int32), 1)
+        threshold = tl.where(reached >= keep, candidate, threshold)
+    over = rank > threshold[:, None]
+    tied = rank == threshold[:, None]
+    room = keep - tl.sum(over.to(tl.int32), 1)
+    chosen = over | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= room[:, None]))
+
+    target = lists_ptr + (plane * rows + row) * width
+    in_rows = row < rows
+    tl.store(target + column, tl.zeros([ROWS, COLUMNS], tl.int32), mask=in_rows & (column >= keep[:, None]) & (column < width))
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    tl.store(target + place, tl.broadcast_to(column, [ROWS, COLUMNS]), mask=chosen & in_rows)
+    flat = tl.arange(0, ROWS) + (groups - 1 - program % groups) * ROWS
+    tl.store(counts_ptr + plane * rows + flat, keep, mask=flat < rows)
+    if COUNT:
+        tl.atomic_add(counter_ptr + 2, tl.sum(visible, 0).to(tl.int64), sem="relaxed")
+
+
+def select_blocks_cuda(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    left: int,
+    right: int,
+    offset: int,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    q_block: int,
+    kv_block: int,
+    density: float | Tensor,
+    max_density: float | None = None,
+    counter: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Block lists by pooled top-k, one per (batch, query head, query block).
+
+    Args:
+        q, k: [B, H, Sq, D] and [B, Hkv, Skv, D], fp16, bf16 or fp32, any strides.
+        scale: factor on the scores (its sign matters here).
+        left, right, offset: band, in tokens; -1 lifts a side.
+        q_segments, kv_segments: int32 [B, Sq] and [B, Skv], or None.
+        q_block, kv_block: tokens per list block, powers of two from 16 up.
+        density: share of the band-visible blocks to keep, or float32 [B or 1, H] on the device, one per head.
+        max_density: with a tensor, the greatest density in it (it sizes the lists without reading the tensor); a
+            greater one is cut to it. None: 1.0.
+        counter: int64 [3] on the device; [2] += blocks with any visible pair, over all (batch, head, row).
+
+    Returns:
+        kv_num_blocks int32 [B, H, nq] and kv_indices int32 [B, H, nq, width], contiguous; unused entries are 0.
+        Nothing synchronizes with the host.
+
+    Raises:
+        KernelInputError: shapes, dtypes, devices or sizes that the kernels do not take.
+    """
+    launches, kv_num_blocks, kv_indices = select_launches(
+        q,
+        k,
+        scale=scale,
+        left=left,
+        right=right,
+        offset=offset,
+        q_segments=q_segments,
+        kv_segments=kv_segments,
+        q_block=q_block,
+        kv_block=kv_block,
+        density=density,
+        max_density=max_density,
+        counter=counter,
+    )
+    host.run_all(launches, q.device)
+    return kv_num_blocks, kv_indices
+
+
+def _average_launch(x: Tensor, segments: Tensor | None, block: int, *, transposed: bool) -> tuple[Launch, Tensor]:
+    """The launch that averages blocks, and its result float32 [B, H, blocks, D'] ([B, H, D', blocks] transposed)."""
+    batch, heads, length, head_dim = x.shape
+    blocks, padded = ceil_div(length, block), ceil_div(head_dim, UNROLL) * UNROLL
+    shape = (batch, heads, padded, blocks) if transposed else (batch, heads, blocks, padded)
+    means = x.new_empty(shape, dtype=torch.float32)
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "segments_ptr": x if segments is None else segments,
+        "out_ptr": means,
+        **dict(zip(("x_stride_b", "x_stride_h", "x_stride_s", "x_stride_d"), x.stride(), strict=True)),
+        "segment_stride_b": 0 if segments is None else segments.stride(0),
+        "segment_stride_s": 1 if segments is None else segments.stride(1),
+        "out_stride_h": padded * blocks,
+        "out_stride_r": 1 if transposed else padded,
+        "out_stride_d": blocks if transposed else 1,
+        "length": length,
+        "heads": heads,
+        "BLOCK": block,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "HAS_SEGMENTS": segments is not None,
+    }
+    return Launch(_average_blocks, (blocks, heads, batch), arguments, {"num_warps": 4}), means
+
+
+def select_launches(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    left: int,
+    right: int,
+    offset: int,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    q_block: int,
+    kv_block: int,
+    density: float | Tensor,
+    max_density: float | None,
+    counter: Tensor | None,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches of ``select_blocks_cuda`` and the lists they fill."""
+    host.check_shapes(q, k, None, offset, q_block, kv_block)
+    host.check_counter(counter, q)
+    q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
+    refuse_unsupported("select_blocks_cuda", q)
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    rows, blocks = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
+    host.require(
+        blocks <= CUDA.max_kv_blocks,
+        lambda: f"{kv_len} keys are {blocks} blocks of {kv_block}; at most {CUDA.max_kv_blocks}: use larger blocks.",
+    )
+    band = {"q_len": q_len, "kv_len": kv_len, "left": host.side(left), "right": host.side(right), "offset": offset}
+    sizes = {"Q_BLOCK": q_block, "KV_BLOCK": kv_block}
+
+    q_launch, q_means = _average_launch(q, None if kv_segments is None else q_segments, q_block, transposed=False)
+    k_launch, k_means = _average_launch(k, kv_segments, kv_block, transposed=True)
+    launches = [q_launch, k_launch]
+    unused = q_means  # a pointer for what is not there; never read
+
+    allowed: Tensor = unused
+    if kv_segments is not None:
+        kv_launch, kv_ranges = segment_range_launch(kv_segments, kv_block)
+        launches.append(kv_launch)
+        q_ranges = kv_ranges
+        if q_segments is not None:
+            q_launch, q_ranges = segment_range_launch(q_segments, q_block)
+            launches.append(q_launch)
+        allowed = q.new_empty(batch, rows, blocks, dtype=torch.int8)
+        seen_q = kv_segments if q_segments is None else q_segments
+        arguments: dict[str, Any] = {
+            "q_segments_ptr": seen_q,
+            "kv_segments_ptr": kv_segments,
+            "q_ranges_ptr": q_ranges,
+            "kv_ranges_ptr": kv_ranges,
+            "allowed_ptr": allowed,
+            "q_segments_stride_b": seen_q.stride(0),
+            "q_segments_stride_s": seen_q.stride(1),
+            "kv_segments_stride_b": kv_segments.stride(0),
+            "kv_segments_stride_s": kv_segments.stride(1),
+            "q_planes": q_ranges.stride(0),
+            "kv_planes": kv_ranges.stride(0),
+            **band,
+            "rows": rows,
+            "blocks": blocks,
+            **sizes,
+            "CHUNK": 32,
+            "HAS_Q_SEGMENTS": q_segments is not None,
+        }
+        launches.append(Launch(_allowed_blocks, (ceil_div(blocks, 32), rows, batch), arguments, {"num_warps": 4}))
+
+    shape = (q_len, kv_len, left, right, offset, q_block, kv_block)
+    budgets: Tensor | None = None
+    if isinstance(density, Tensor):
+        host.require(
+            density.shape in ((batch, heads), (1, heads))
+            and density.dtype == torch.float32
+            and density.device == q.device,
+            lambda: (
+                f"density is {density.dtype} {tuple(density.shape)} on {density.device}; expected a float, or float32 "
+                f"[{batch} or 1, {heads}] on {q.device}."
+            ),
+        )
+        budget = blocks_per_row(*shape, 1.0 if max_density is None else max_density)
+        budgets = q.new_empty(density.shape, dtype=torch.int32)
+        arguments = {
+            "density_ptr": density,
+            "budget_ptr": budgets,
+            "density_stride_b": density.stride(0),
+            "density_stride_h": density.stride(1),
+            **band,
+            "most": budget,
+            "heads": heads,
+            **sizes,
+            "ROWS": triton.next_power_of_2(rows),
+            "BITS": max(1, blocks.bit_length()),
+        }
+        launches.append(Launch(_budgets_from_densities, (heads, density.shape[0]), arguments, {"num_warps": 4}))
+    else:
+        budget = blocks_per_row(*shape, density)
+
+    width = list_width(kv_len, kv_block, budget)
+    kv_num_blocks = q.new_empty(batch, heads, rows, dtype=torch.int32)
+    kv_indices = q.new_empty(batch, heads, rows, width, dtype=torch.int32)
+    columns = max(16, triton.next_power_of_2(blocks))
+    rows_each = max(1, min(8, 8192 // columns))
+    groups = ceil_div(rows, rows_each)
+    arguments = {
+        "q_means_ptr": q_means,
+        "k_means_ptr": k_means,
+        "allowed_ptr": allowed,
+        "budget_ptr": unused if budgets is None else budgets,
+        "counts_ptr": kv_num_blocks,
+        "lists_ptr": kv_indices,
+        "counter_ptr": unused if counter is None else counter,
+        "scale": scale,
+        "budget": budget,
+        "budget_stride_b": 0 if budgets is None or budgets.shape[0] == 1 else heads,
+        **band,
+        "rows": rows,
+        "blocks": blocks,
+        "width": width,
+        "groups": groups,
+        "heads": heads,
+        "GROUP": heads // kv_heads,
+        **sizes,
+        "ROWS": rows_each,
+        "COLUMNS": columns,
+        "DIM": q_means.shape[3],
+        "UNROLL": UNROLL,
+        "HAS_SEGMENTS": kv_segments is not None,
+        "HAS_BUDGETS": budgets is not None,
+        "COUNT": counter is not None,
+    }
+    warps = {16384: 8, 32768: 16}.get(columns, 8 if rows_each * columns > 4096 else 4)
+    launches.append(Launch(_select, (batch * heads * groups,), arguments, {"num_warps": warps}))
+    return launches, kv_num_blocks, kv_indices
