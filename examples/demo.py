@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, console: Console) -> list[Run]:
     """Every length under every hint, the dense run of the same length beside it."""
     model = build(args)
     dense = torch.compile(forward(model), backend=DENSE_BACKEND, dynamic=True)
-    sparse = torch.compile(forward(model), backend=functools.partial(sparsepass.backend), dynamic=True)
+    sparse = torch.compile(forward(model), backend=sparsepass.backend, dynamic=True)
     runs: list[Run] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     steps = len(args.lengths) * (1 + args.repeats) * (1 + len(args.hints))
@@ -133,7 +133,7 @@ def summary(runs: list[Run]) -> Table:
     table = Table(title="Dense Inductor against sparsepass: prefill, seconds per call", title_justify="left")
     table.add_column("tokens", justify="right")
     table.add_column("hint", no_wrap=True)
-    table.add_column("plan")
+    table.add_column("plan", overflow="fold")
     for name in ("density", "dense", "sparsepass", "speedup", "first call", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
@@ -166,8 +166,8 @@ def why_dense(runs: list[Run]) -> list[str]:
             for site in graph.sites:
                 if site.entry.reason:
                     where = f"{run.length} tokens, {run.hint or 'no hint'}"
-                    reasons.setdefault(site.entry.reason, []).append(where)
-    return [f"{'; '.join(dict.fromkeys(where))}: {reason}" for reason, where in reasons.items()]
+                    reasons.setdefault(site.entry.reason.removeprefix("Dense: "), []).append(where)
+    return [f"Dense at {'; '.join(dict.fromkeys(where))}: {reason}" for reason, where in reasons.items()]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print()
     console.print(summary(runs))
     for reason in why_dense(runs):
-        console.print(f"Dense at {reason}", markup=False, highlight=False)
+        console.print(reason, markup=False, highlight=False)
     console.print(f"{time.perf_counter() - started:.0f} s in all.")
 
 
