@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +75,15 @@ def select_pooled_topk(
     size = default_block(query.device) if block is None else block
     if size not in (64, 128):
         raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
+    select: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     if query.device.type == "cuda":
-        from sparsepass.kernels.select_triton import select_blocks_cuda as select
+        from sparsepass.kernels.select_triton import select_blocks_cuda
+
+        select = select_blocks_cuda
     else:
-        from sparsepass.kernels.cpu import select_blocks_cpu as select
+        from sparsepass.kernels.cpu import select_blocks_cpu
+
+        select = select_blocks_cpu
     num, indices = select(
         query,
         key,
@@ -111,10 +117,15 @@ def block_sparse_attention(
     its first two entries. No host synchronization. Raises ``KernelInputError``.
     """
     _check(query, key, value)
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     if query.device.type == "cuda":
-        from sparsepass.kernels.attend_triton import block_sparse_attention_cuda as attend
+        from sparsepass.kernels.attend_triton import block_sparse_attention_cuda
+
+        attend = block_sparse_attention_cuda
     else:
-        from sparsepass.kernels.cpu import block_sparse_attention_cpu as attend
+        from sparsepass.kernels.cpu import block_sparse_attention_cpu
+
+        attend = block_sparse_attention_cpu
     out, lse = attend(
         query,
         key,

@@ -26,7 +26,9 @@ def check(match: Match) -> Attention | Skip:
     if not all(isinstance(operand, fx.Node) for operand in (query, key, value)):
         return Skip("the query, key or value of this attention is a constant", (node.name,))
     if len(shape(query)) != 4:
-        return Skip(f"the query has {len(shape(query))} dimensions; [batch, heads, length, size] is needed", (node.name,))
+        return Skip(
+            f"the query has {len(shape(query))} dimensions; [batch, heads, length, size] is needed", (node.name,)
+        )
     return Attention(
         spelling="sdpa",
         query=query,

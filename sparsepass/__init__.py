@@ -4,11 +4,11 @@ The budget, how much of the attention is computed, follows the length and a task
 compiled graph carries its own budget.
 """
 
-from sparsepass.pipeline import backend
 from sparsepass.decorator import sparse
 from sparsepass.errors import HintError, KernelInputError, OptionError, PolicyError, SparsepassError
-from sparsepass.inspection import explain
 from sparsepass.hints import TaskHint, current_task, task
+from sparsepass.inspection import explain
+from sparsepass.pipeline import backend
 from sparsepass.plan import plan_keys
 from sparsepass.policy import Policy
 from sparsepass.report import Report

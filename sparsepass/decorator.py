@@ -11,15 +11,23 @@ import torch
 from torch import nn
 
 from sparsepass import options as names
-from sparsepass.pipeline import backend
 from sparsepass.hints import Hint, resolve_hint
+from sparsepass.pipeline import backend
 from sparsepass.policy import Policy
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 
 
 @overload
-def sparse(target: _Target, /) -> _Target: ...
+def sparse(
+    target: _Target,
+    /,
+    *,
+    task: Hint = None,
+    policy: str | Path | Policy | None = None,
+    options: dict[str, Any] | None = None,
+    **compile_arguments: Any,
+) -> _Target: ...
 @overload
 def sparse(
     target: None = None,
@@ -50,9 +58,7 @@ def sparse(
     call.
     """
     if target is None:
-        return functools.partial(
-            _apply, task=task, policy=policy, options=options, compile_arguments=compile_arguments
-        )
+        return functools.partial(_apply, task=task, policy=policy, options=options, compile_arguments=compile_arguments)
     return _apply(target, task=task, policy=policy, options=options, compile_arguments=compile_arguments)
 
 

@@ -15,7 +15,7 @@ from torch import fx
 log = logging.getLogger("sparsepass")
 
 RECOMPILE_LIMIT = 64
-"""Dynamo's own limit is 8 for all instances of transformers' forward wrapper; ``generate`` takes three graphs a plan."""
+"""Dynamo's own limit is 8 for all of transformers' models together; ``generate`` takes three graphs a plan."""
 
 _compiled = 0
 
@@ -88,7 +88,10 @@ def holds(condition: Any) -> bool:
 def guard_range(length: torch.SymInt, low: int, high: int | None) -> tuple[str, ...]:
     """Guard ``low < length <= high``, which the current size must satisfy; returns the texts of what was added."""
     added = []
-    for condition, text in ((length > low, f"{length} > {low}"), (high is None or length <= high, f"{length} <= {high}")):
+    for condition, text in (
+        (length > low, f"{length} > {low}"),
+        (high is None or length <= high, f"{length} <= {high}"),
+    ):
         if condition is True or holds(condition):
             continue
         if not bool(condition):

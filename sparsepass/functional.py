@@ -37,6 +37,7 @@ def from_block_mask(block_mask: BlockMask) -> BlockLists:
     """
     partial = _dense_rows(block_mask.kv_num_blocks, block_mask.kv_indices)
     if block_mask.full_kv_num_blocks is not None:
+        assert block_mask.full_kv_indices is not None  # BlockMask holds both or neither
         partial = partial | _dense_rows(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     num, indices = lists_from_mask(partial)
     q_block, kv_block = block_mask.BLOCK_SIZE

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsepass import hints, options as names, record
-from sparsepass.pipeline import CompiledGraph, backend
+from sparsepass import hints, record
+from sparsepass import options as names
 from sparsepass.counters import Counts
 from sparsepass.drawgraph import DrawNode
 from sparsepass.methods import make_method
+from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.plan import BY_LENGTH
 from sparsepass.policy import Policy
 from sparsepass.report import GraphReport, Outcome, Report, SiteReport

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass import counters, dynamo, options as options_module, record
+from sparsepass import counters, dynamo, record
+from sparsepass import options as options_module
 from sparsepass.canon import value
 from sparsepass.plan import GraphPlan, Settings, plan_graph, plan_keys
 from sparsepass.rewrite import Rewriter

@@ -104,9 +104,10 @@ def _refusal(found: FoundSite) -> Skip | None:
         return Skip(f"attention dropout is {attention.dropout_p}; the sparse kernels have none (call model.eval())")
     operands = (attention.query, attention.key, attention.value)
     values = [operand.meta.get("example_value") for operand in operands]
-    if not all(isinstance(held, torch.Tensor) for held in values):
+    tensors = [held for held in values if isinstance(held, torch.Tensor)]
+    if len(tensors) != len(values):
         return Skip("the graph carries no shapes for query, key or value")
-    if torch.is_grad_enabled() and any(held.requires_grad for held in values):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Skip("gradients are needed here; run under torch.no_grad() or torch.inference_mode()")
     if isinstance(found.terms, Skip):
         return found.terms

@@ -6,6 +6,7 @@ eliminated here, because a Dynamo graph holds writes (``index_copy_`` into a cac
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +34,7 @@ class Rewriter:
     slot: int
     replaced: dict[str, fx.Node] = field(default_factory=dict)
     """New node by the site's name."""
-    _segments: dict[tuple[object, ...], tuple[fx.Node | None, fx.Node]] = field(
-        default_factory=dict
-    )
+    _segments: dict[tuple[object, ...], tuple[fx.Node | None, fx.Node]] = field(default_factory=dict)
 
     def apply(self, sites: Sequence[FoundSite], entries: Sequence[PlanEntry]) -> None:
         for found, entry in zip(sites, entries, strict=True):
@@ -116,18 +115,21 @@ class Rewriter:
         batch = shape(found.attention.query)[0]
         key = (terms.padding, terms.segments, found.site.index if isinstance(batch, torch.SymInt) else batch)
         if key not in self._segments:
-            query = self.nodes[found.attention.query]
-            size = self._call("size", query, 0) if isinstance(batch, torch.SymInt) else batch
-            self._segments[key] = self._build_segments(terms, size)
+            size = self._size(found.attention.query, 0)
+            self._segments[key] = self._build_segments(
+                terms, size, (found.attention.key, shape(found.attention.key)[2])
+            )
         return self._segments[key]
 
-    def _build_segments(self, terms: MaskTerms, batch: Any) -> tuple[fx.Node | None, fx.Node]:
+    def _build_segments(
+        self, terms: MaskTerms, batch: Any, kv_len: tuple[fx.Node, Any]
+    ) -> tuple[fx.Node | None, fx.Node]:
         numbers = None
         if terms.segments is not None:
             numbers = self._call("expand", self._call("to", self.nodes[terms.segments], torch.int32), batch, -1)
         visible = None
         for node in terms.padding:
-            rows = self._call("to", self._call("reshape", self.nodes[node], self._rows(node)), torch.bool)
+            rows = self._call("to", self._rows(node, kv_len), torch.bool)
             visible = rows if visible is None else self._call(torch.logical_and, visible, rows)
         if visible is None:
             assert numbers is not None  # one of the two is there
@@ -137,11 +139,16 @@ class Rewriter:
         ids = self._call(torch.sub, self._call("to", visible, torch.int32), 1)
         return None, self._call("expand", ids, batch, -1)
 
-    def _rows(self, node: fx.Node) -> tuple[Any, ...]:
-        """Shape [B or 1, Skv] of a padding node, which may have dimensions of size 1 besides."""
+    def _rows(self, node: fx.Node, kv_len: tuple[fx.Node, Any]) -> fx.Node:
+        """A padding node as [B or 1, Skv]: it may have dimensions of size 1 besides, and be longer than the keys."""
         sizes = shape(node)
-        return (1, -1) if len(sizes) == 1 or same_size(sizes[0], 1) else (-1, self._length(node, len(sizes) - 1))
+        width = self._size(node, len(sizes) - 1)
+        rows = self._call("reshape", self.nodes[node], (-1, width)) if len(sizes) != 2 else self.nodes[node]
+        key, keys = kv_len
+        if same_size(sizes[-1], keys):
+            return rows
+        return self._call(operator.getitem, rows, (slice(None), slice(None, self._size(key, 2))))
 
-    def _length(self, node: fx.Node, axis: int) -> Any:
+    def _size(self, node: fx.Node, axis: int) -> Any:
         size = shape(node)[axis]
         return size if isinstance(size, int) else self._call("size", self.nodes[node], axis)

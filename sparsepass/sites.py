@@ -15,6 +15,7 @@ from sparsepass.match import Attention, NearMiss, Pattern, shape
 from sparsepass.patterns.catalogue import CATALOGUE
 from sparsepass.types import CAUSAL, FULL, AttentionSite, MaskSummary, Phase, Skip
 
+
 @dataclass(frozen=True)
 class FoundSite:
     """A site with the graph nodes behind it. ``terms`` says what the mask is, or why it was not recognized."""

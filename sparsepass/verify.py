@@ -9,6 +9,7 @@ from sparsepass.canon import mutates, value
 from sparsepass.errors import GraphInvariantError
 from sparsepass.ops import SPARSE_ATTENTION
 
+
 def verify(before: fx.Graph, after: fx.Graph, replaced: dict[str, fx.Node], expected: dict[str, torch.Tensor]) -> None:
     """Raise ``GraphInvariantError`` unless inputs, writes and the replaced values' types are what they were.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings, strategies as st
+from hypothesis import settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 import sparsepass
@@ -72,7 +72,7 @@ LENGTHS = [60, 129, 320, 321, 640]
 
 
 class HintsAndLengths(RuleBasedStateMachine):
-    """Switches hints and lengths in random order, drops the compiled code now and then, changes the policy's options."""
+    """Switches hints and lengths in random order, in threads and tasks, and drops the compiled code now and then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,8 +120,8 @@ TestHintsAndLengths = pytest.mark.slow(HintsAndLengths.TestCase)
 
 
 @pytest.fixture
-def compiled(fresh_dynamo: None) -> Iterator[Any]:
-    yield torch.compile(attend, backend=sparsepass.backend, options=options())
+def compiled(fresh_dynamo: None) -> Any:
+    return torch.compile(attend, backend=sparsepass.backend, options=options())
 
 
 def test_switching_back_reuses(compiled: Any) -> None:

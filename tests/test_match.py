@@ -161,7 +161,7 @@ def write_between(q: T, k: T, v: T) -> T:
     return torch.matmul(F.softmax(scores, dim=-1), v)
 
 
-NEAR_MISSES = {
+NEAR_MISSES: dict[Callable[[T, T, T], Any], str] = {
     wrong_axis: "dim=-2",
     mask_after: "expected matmul, found mul",
     used_twice: "returned to the caller",

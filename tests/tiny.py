@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
 
 @functools.lru_cache(maxsize=16)
 def model(arch: str = "llama", attn: str = "sdpa", **changes: Any) -> Any:
-    """A random causal language model (``arch``: llama, qwen2, mistral, gemma2, ...) in eval mode; the same each time."""
+    """A random causal language model (``arch``: llama, qwen2, mistral, gemma2) in eval mode, the same each time."""
     import transformers
 
     transformers.logging.set_verbosity_error()
