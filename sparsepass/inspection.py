@@ -22,7 +22,7 @@ from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.plan import BY_LENGTH
 from sparsepass.policy import Policy
 from sparsepass.report import GraphReport, Outcome, Report, SiteReport
-from sparsepass.types import Phase, PlanEntry
+from sparsepass.types import Phase, Plan, PlanEntry
 
 NO_INDUCTOR = "Run without Inductor: times and peak memory are those of the rewritten graph, unfused."
 
@@ -105,8 +105,8 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
     return GraphReport(
         index=index,
         name=f"graph {index}",
-        task=str(graph.plan.task),
-        bucket=str(plan.bucket) if plan.bucket is not None else "decided at run time",
+        task=str(graph.plan.task) if graph.plan.registry_key is not None else "any",
+        bucket=_bucket_text(plan),
         plan_key=plan.key,
         guards=graph.guards,
         sites=sites,
@@ -117,6 +117,13 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
         notes=tuple(notes),
         nodes=draw_nodes(graph),
     )
+
+
+def _bucket_text(plan: Plan) -> str:
+    if plan.bucket is not None:
+        return str(plan.bucket)
+    by_length = any(entry.budget.method == BY_LENGTH for entry in plan.entries)
+    return "decided at run time" if by_length else "any"
 
 
 def _site_report(entry: PlanEntry, ran: Counts) -> SiteReport:

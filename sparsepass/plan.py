@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -64,6 +64,14 @@ class GraphPlan:
         return self.plans[self.task]
 
 
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The policy's bucket that a site's key length is in, and the run of buckets that its graph is guarded to."""
+
+    bucket: LengthBucket | None
+    guarded: LengthBucket | None
+
+
 def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
     """Plan every site for every task class. Installs the length guards; the hint guard is the caller's to install."""
     refusals = {found.site.index: _refusal(found) for found in findings.sites}
@@ -76,10 +84,11 @@ def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
             if skip is not None:
                 entries.append(PlanEntry(found.site, DENSE, reason=skip.reason))
                 continue
-            bucket = ranges[found.site.index]
             own = resolve_hint(found.hint) if found.hint is not None else task
-            entries.append(_entry(found, own, bucket, settings))
-        shown = next((ranges[found.site.index] for found in findings.prefill if found.site.index in ranges), None)
+            entries.append(_entry(found, own, ranges[found.site.index].bucket, settings))
+        shown = next(
+            (ranges[found.site.index].guarded for found in findings.prefill if found.site.index in ranges), None
+        )
         plans[task] = Plan(task, shown, tuple(entries), _key(entries))
     wanted = settings.wanted()
     distinct = len({plan.key for plan in plans.values()}) > 1
@@ -175,7 +184,7 @@ def _dense_without_mask(found: FoundSite) -> bool:
 
 def _length_ranges(
     findings: Findings, refusals: dict[int, Skip | None], settings: Settings
-) -> tuple[dict[int, LengthBucket | None], tuple[str, ...]]:
+) -> tuple[dict[int, _Range], tuple[str, ...]]:
     """Range of key lengths that each plannable site is planned for, and the texts of the guards installed.
 
     Sites whose key length is the same expression are planned together. A symbolic length is guarded to the widest run
@@ -185,30 +194,31 @@ def _length_ranges(
     for found in findings.sites:
         if refusals[found.site.index] is None:
             groups.setdefault(str(found.key_shape[2]), []).append(found)
-    ranges: dict[int, LengthBucket | None] = {}
+    ranges: dict[int, _Range] = {}
     guards: list[str] = []
     for members in groups.values():
         length = members[0].key_shape[2]
-        bucket: LengthBucket | None
         if isinstance(length, int):
-            bucket = next(b for b in settings.policy.buckets if length in b)
+            bucket = settings.policy.bucket(length)
+            span = _Range(bucket, bucket)
         else:
-            bucket = _merged_bucket(members, length, settings)
-            if bucket is not None:
-                guards.extend(dynamo.guard_range(length, bucket.low, bucket.high))
-        ranges.update({found.site.index: bucket for found in members})
+            span = _guardable_range(members, length, settings)
+            if span.guarded is not None:
+                guards.extend(dynamo.guard_range(length, span.guarded.low, span.guarded.high))
+        ranges.update({found.site.index: span for found in members})
     return ranges, tuple(dict.fromkeys(guards))
 
 
-def _merged_bucket(members: Sequence[FoundSite], length: torch.SymInt, settings: Settings) -> LengthBucket | None:
+def _guardable_range(members: Sequence[FoundSite], length: torch.SymInt, settings: Settings) -> _Range:
     current = dynamo.hint_value(length)
     buckets = list(settings.policy.buckets)
     if current is None:
-        return None
+        return _Range(None, None)
     here = next(i for i, bucket in enumerate(buckets) if current in bucket)
     if not dynamo.can_guard(length):
         inside = (length > buckets[here].low, buckets[here].high is None or length <= buckets[here].high)
-        return buckets[here] if all(c is True or dynamo.holds(c) for c in inside) else None
+        known = buckets[here] if all(c is True or dynamo.holds(c) for c in inside) else None
+        return _Range(known, known)
 
     def table(bucket: LengthBucket) -> tuple[str, ...]:
         return tuple(str(_entry(found, task, bucket, settings).budget) for found in members for task in TASKS)
@@ -219,7 +229,7 @@ def _merged_bucket(members: Sequence[FoundSite], length: torch.SymInt, settings:
         first -= 1
     while last + 1 < len(buckets) and table(buckets[last + 1]) == wanted:
         last += 1
-    return replace(buckets[here], low=buckets[first].low, high=buckets[last].high)
+    return _Range(buckets[here], LengthBucket(buckets[first].low, buckets[last].high))
 
 
 def budget_text(budget: Budget) -> str:
