@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import ceil_div
-from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import partition_launches
 from sparsepass.kernels.spec import AttendTile, attend_tile, capability_of, refuse_unsupported
 from sparsepass.kernels.visible_triton import add_nonfinite_values, program_place, visible_pairs
@@ -91,23 +91,7 @@ def _fold_block(
     return acc, total, new_top, flag
 
 
-@triton.jit(
-    do_not_specialize=[
-        "kv_segments_stride_b",
-        "q_segments_stride_b",
-        "count_stride_b",
-        "count_stride_h",
-        "edge_stride_b",
-        "edge_stride_h",
-        "q_len",
-        "kv_len",
-        "left",
-        "right",
-        "offset",
-        "tiles",
-        "width",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def _attend(
     q_ptr,
     k_ptr,
@@ -150,7 +134,7 @@ def _attend(
     tiles,
     width,
     kv_heads,
-    GROUP: tl.constexpr,
+    group,
     SIGN: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
@@ -169,7 +153,7 @@ def _attend(
 ):
     """One tile of BLOCK_M query rows of one head against its listed blocks. Grid: 1-D, batch * heads * tiles."""
     program = tl.program_id(0)
-    item, kv_head, head, tile = program_place(program, tiles, kv_heads, GROUP)
+    item, kv_head, head, tile = program_place(program, tiles, kv_heads, group)
     row = tile * BLOCK_M // Q_BLOCK
 
     token = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -240,7 +224,7 @@ def _attend(
 
     # total is 0 only for rows that saw nothing: their acc is 0 and their log-sum-exp -inf.
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    heads = kv_heads * GROUP
+    heads = kv_heads * group
     out_row = (item64 * q_len + token64) * heads + head
     tl.store(
         out_ptr + out_row[:, None] * V_HEAD_DIM + v_dim[None, :],
@@ -386,7 +370,7 @@ def attend_launches(
         "tiles": tiles,
         "width": kv_indices.shape[3],
         "kv_heads": kv_heads,
-        "GROUP": heads // kv_heads,
+        "group": heads // kv_heads,
         "Q_BLOCK": q_block,
         "KV_BLOCK": kv_block,
         "BLOCK_M": block_m,

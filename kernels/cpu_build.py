@@ -1,4 +1,4 @@
-"""Build and load the C++ kernels: once per machine, into the user's cache, with the compiler that Inductor needs anyway.
+"""Build and load the C++ kernels: once per machine, with the compiler that Inductor needs anyway.
 
 No compiler, or one that fails: the reason is logged once and the kernels in torch operations take over.
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("attend_cpu.cpp", "select_cpu.cpp"))
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+FLAGS: tuple[str, ...] = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # compilers default to 256 bits; the softmax is a third of the time in bf16
 
@@ -74,7 +74,8 @@ def build() -> Path:
     compiler = _compiler()
     package = Path(torch.__file__).parent
     includes = (package / "include", package / "include" / "torch" / "csrc" / "api" / "include")
-    parts = (*(source.read_text() for source in SOURCES), shlex.join(compiler), torch.__version__, str(package), " ".join(FLAGS), _cpu_name())
+    sources = [source.read_text() for source in SOURCES]
+    parts = (*sources, shlex.join(compiler), torch.__version__, str(package), " ".join(FLAGS), _cpu_name())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     library = _cache_folder() / f"cpu_{key}.so"
     if library.exists():

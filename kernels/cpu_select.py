@@ -19,7 +19,7 @@ def _block_means(x: Tensor, block: int, segments: Tensor | None) -> Tensor:
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     whole = length // block * block
     if segments is None:
-        means = [x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=work)] if whole else []
+        means = [x[:, :, :whole].reshape(batch, heads, -1, block, dim).mean(3, dtype=work)] if whole else []
         if whole < length:
             means.append(x[:, :, whole:].mean(2, keepdim=True, dtype=work))
         return torch.cat(means, 2) if len(means) > 1 else means[0]
@@ -29,8 +29,8 @@ def _block_means(x: Tensor, block: int, segments: Tensor | None) -> Tensor:
     tokens[:, :, :length] = torch.where(used, x, 0)
     held = torch.zeros((batch, 1, blocks * block, 1), dtype=work)
     held[:, :, :length] = used
-    total = tokens.unflatten(2, (blocks, block)).sum(3)
-    return total / held.unflatten(2, (blocks, block)).sum(3).clamp(min=1)
+    total = tokens.view(batch, heads, blocks, block, dim).sum(3)
+    return total / held.view(batch, 1, blocks, block, 1).sum(3).clamp(min=1)
 
 
 def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
@@ -47,7 +47,7 @@ def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
     # Ranges that meet prove nothing by themselves; what is left is little (edges of documents) and tested by token.
     found = undecided.nonzero()
     step = max(1, _PAIRS // (mask.q_block * mask.kv_block))
-    for part in found.split(step) if len(found) else ():
+    for part in torch.split(found, step) if len(found) else ():
         item, row, column = part.unbind(1)
         seen = ~mask.hidden_pairs(item, row, column[:, None])
         allowed[item, row, column] = seen.flatten(1).any(1)
@@ -63,7 +63,7 @@ def select(
     visible = allowed.sum(-1)
     queries = _block_means(q, mask.q_block, None if mask.kv_segments is None else mask.q_segments)
     keys = _block_means(k, mask.kv_block, mask.kv_segments)
-    grouped = queries.unflatten(1, (kv_heads, heads // kv_heads))
+    grouped = queries.view(batch, kv_heads, heads // kv_heads, mask.q_blocks, -1)
     scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
 
     last = (torch.arange(1, mask.q_blocks + 1) * mask.q_block).clamp(max=q_len) - 1 + mask.offset
@@ -117,7 +117,7 @@ def select_blocks_cpu(
         up with the best scores; ties go to the lower index, NaN counts as the lowest score.
     """
     batch, heads, q_len, _ = q.shape
-    kv_len, kv_heads = k.shape[2], k.shape[1]
+    kv_len = k.shape[2]
     mask = Visibility(q_len, kv_len, q_block, kv_block, left, right, offset, q_segments, kv_segments)
     shape = (q_len, kv_len, left, right, offset, q_block, kv_block)
     if isinstance(density, Tensor):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import ceil_div
-from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.launch import VARYING, Launch
 
 
-@triton.jit(do_not_specialize=["stride_b", "length", "blocks", "planes"])
+@triton.jit(do_not_specialize=VARYING)
 def _segment_ranges(segments_ptr, ranges_ptr, stride_b, stride_s, length, blocks, planes, BLOCK: tl.constexpr):
     """Least and greatest segment of every block of tokens: ranges [2, B, blocks]; ``planes`` is B * blocks."""
     block = tl.program_id(0)
@@ -30,27 +30,7 @@ def _segment_ranges(segments_ptr, ranges_ptr, stride_b, stride_s, length, blocks
     tl.store(ranges_ptr + planes + place, tl.max(tl.where(inside, segment, -2147483648), 0))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "count_stride_b",
-        "count_stride_h",
-        "list_stride_b",
-        "list_stride_h",
-        "list_stride_r",
-        "heads",
-        "rows",
-        "width",
-        "q_len",
-        "kv_len",
-        "left",
-        "right",
-        "offset",
-        "kv_blocks",
-        "q_planes",
-        "kv_planes",
-        "times",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def _partition_lists(
     counts_ptr,
     lists_ptr,

@@ -37,8 +37,16 @@ int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) /
 template <typename T>
 void mean(const T* x, int64_t step, int64_t dim, const int32_t* segments, int64_t first, int64_t last, float* out) {
   std::fill(out, out + dim, 0.0f);
-  int64_t used = 0;
-  for (int64_t i = first; i < last; ++i) {
+  int64_t used = 0, i = first;
+  for (; !segments && i + 4 <= last; i += 4, used += 4) {  // four at a time: the sums are read and written less often
+    const T* token = x + i * step;
+#pragma omp simd
+    for (int64_t d = 0; d < dim; ++d) {
+      out[d] += (static_cast<float>(token[d]) + static_cast<float>(token[step + d])) +
+                (static_cast<float>(token[2 * step + d]) + static_cast<float>(token[3 * step + d]));
+    }
+  }
+  for (; i < last; ++i) {
     if (segments && segments[i] == -1) continue;
     const T* token = x + i * step;
 #pragma omp simd

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width
-from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
 
@@ -24,7 +24,7 @@ UNROLL = 8
 """Dimensions handled per step of the score loop; block averages are padded with zeros to a multiple of it."""
 
 
-@triton.jit(do_not_specialize=["segment_stride_b", "length", "out_stride_h", "out_stride_r", "out_stride_d"])
+@triton.jit(do_not_specialize=VARYING)
 def _average_blocks(
     x_ptr,
     segments_ptr,
@@ -68,7 +68,7 @@ def _average_blocks(
     tl.store(out + dim.to(tl.int64) * out_stride_d, tl.sum(x, 0) / count.to(tl.float32), mask=dim < PADDED_DIM)
 
 
-@triton.jit(do_not_specialize=["density_stride_b", "q_len", "kv_len", "left", "right", "offset", "most"])
+@triton.jit(do_not_specialize=VARYING)
 def _budgets_from_densities(
     density_ptr,
     budget_ptr,
@@ -104,10 +104,7 @@ def _budgets_from_densities(
     tl.store(budget_ptr + item * heads + head, tl.minimum(budget, most))
 
 
-@triton.jit(
-    do_not_specialize=["q_segments_stride_b", "kv_segments_stride_b", "q_planes", "kv_planes", "q_len", "kv_len"]
-    + ["left", "right", "offset", "rows", "blocks"]  # noqa: RUF005
-)
+@triton.jit(do_not_specialize=VARYING)
 def _allowed_blocks(
     q_segments_ptr,
     kv_segments_ptr,
@@ -130,6 +127,7 @@ def _allowed_blocks(
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
 ):
     """int8 [B, nq, nkv]: 1 where any pair is visible through band and segments. Grid: (chunks of nkv, nq, batch).
@@ -169,20 +167,20 @@ def _allowed_blocks(
         lane = tl.arange(0, CHUNK)
         for index in range(CHUNK):
             if tl.max(tl.where(lane == index, unsure, 0), 0) > 0:
-                keys = (tl.program_id(0) * CHUNK + index) * KV_BLOCK + tl.arange(0, KV_BLOCK)
-                segment = tl.load(kv_row + keys.to(tl.int64) * kv_segments_stride_s, mask=keys < kv_len, other=-1)
-                pair = (q_segment[:, None] == segment[None, :]) & (segment != -1)[None, :] & inside[:, None]
-                pair = pair & (keys[None, :] >= (position - left)[:, None])
-                pair = pair & (keys[None, :] <= (position + right)[:, None])
-                allowed = tl.where(lane == index, tl.max(tl.max(pair.to(tl.int32), 1), 0), allowed)
+                hits = tl.zeros([Q_BLOCK], tl.int32)
+                for step in range(0, KV_BLOCK, STEP):
+                    keys = (tl.program_id(0) * CHUNK + index) * KV_BLOCK + step + tl.arange(0, STEP)
+                    segment = tl.load(kv_row + keys.to(tl.int64) * kv_segments_stride_s, mask=keys < kv_len, other=-1)
+                    pair = (q_segment[:, None] == segment[None, :]) & (segment != -1)[None, :] & inside[:, None]
+                    pair = pair & (keys[None, :] >= (position - left)[:, None])
+                    pair = pair & (keys[None, :] <= (position + right)[:, None])
+                    hits = tl.maximum(hits, tl.max(pair.to(tl.int32), 1))
+                allowed = tl.where(lane == index, tl.max(hits, 0), allowed)
     place = (item.to(tl.int64) * rows + row) * blocks
     tl.store(allowed_ptr + place + column, allowed.to(tl.int8), mask=there)
 
 
-@triton.jit(
-    do_not_specialize=["budget", "budget_stride_b", "q_len", "kv_len", "left", "right", "offset", "rows"]
-    + ["blocks", "width", "groups"]  # noqa: RUF005
-)
+@triton.jit(do_not_specialize=VARYING)
 def _select(
     q_means_ptr,
     k_means_ptr,
@@ -191,6 +189,7 @@ def _select(
     counts_ptr,
     lists_ptr,
     counter_ptr,
+    k_means_stride,
     scale,
     budget,
     budget_stride_b,
@@ -204,7 +203,7 @@ def _select(
     width,
     groups,
     heads,
-    GROUP: tl.constexpr,
+    group,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -222,7 +221,7 @@ def _select(
     row = (groups - 1 - program % groups) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     plane = (item * heads + head).to(tl.int64)
-    kv_plane = (item * (heads // GROUP) + head // GROUP).to(tl.int64)
+    kv_plane = (item * (heads // group) + head // group).to(tl.int64)
 
     first = row * Q_BLOCK + offset
     last = tl.minimum((row + 1) * Q_BLOCK, q_len) - 1 + offset
@@ -235,13 +234,16 @@ def _select(
 
     # Outer products, dimension by dimension, in float32: exact up to rounding, and in the same order everywhere.
     score = tl.zeros([ROWS, COLUMNS], tl.float32)
-    used = (column * KV_BLOCK <= tl.max(high, 0)[:, None]) & (column * KV_BLOCK + KV_BLOCK > tl.min(low, 0)[:, None])
+    # Groups of 16 columns are loaded whole, so that loads stay wide; what lies past the last block is never allowed.
+    start = tl.minimum(tl.min(low), kv_len) // KV_BLOCK // 16 * 16
+    stop = tl.maximum(tl.max(high), 0) // KV_BLOCK // 16 * 16 + 16
+    used = (column >= start) & (column < stop)
     q_at = q_means_ptr + (plane * rows + row) * DIM
-    k_at = k_means_ptr + kv_plane * DIM * blocks + column
+    k_at = k_means_ptr + kv_plane * DIM * k_means_stride + column
     for dim in range(0, DIM, UNROLL):
         for step in tl.static_range(UNROLL):
             q = tl.load(q_at + dim + step, mask=row < rows, other=0.0)
-            k = tl.load(k_at + (dim + step) * blocks, mask=used & (column < blocks), other=0.0)
+            k = tl.load(k_at + (dim + step) * k_means_stride, mask=used, other=0.0)
             score += q * k
     score = score * scale
 
@@ -273,7 +275,11 @@ def _select(
 
     target = lists_ptr + (plane * rows + row) * width
     in_rows = row < rows
-    tl.store(target + column, tl.zeros([ROWS, COLUMNS], tl.int32), mask=in_rows & (column >= keep[:, None]) & (column < width))
+    tl.store(
+        target + column,
+        tl.zeros([ROWS, COLUMNS], tl.int32),
+        mask=in_rows & (column >= keep[:, None]) & (column < width),
+    )
     place = tl.cumsum(chosen.to(tl.int32), 1) - 1
     tl.store(target + place, tl.broadcast_to(column, [ROWS, COLUMNS]), mask=chosen & in_rows)
     flat = tl.arange(0, ROWS) + (groups - 1 - program % groups) * ROWS
@@ -338,10 +344,14 @@ def select_blocks_cuda(
 
 
 def _average_launch(x: Tensor, segments: Tensor | None, block: int, *, transposed: bool) -> tuple[Launch, Tensor]:
-    """The launch that averages blocks, and its result float32 [B, H, blocks, D'] ([B, H, D', blocks] transposed)."""
+    """The launch that averages blocks, and its result float32 [B, H, blocks, D'] (transposed: [B, H, D', blocks']).
+
+    D' is a multiple of UNROLL, filled up with zeros; blocks' one of 16, filled up with anything.
+    """
     batch, heads, length, head_dim = x.shape
     blocks, padded = ceil_div(length, block), ceil_div(head_dim, UNROLL) * UNROLL
-    shape = (batch, heads, padded, blocks) if transposed else (batch, heads, blocks, padded)
+    columns = ceil_div(blocks, 16) * 16
+    shape = (batch, heads, padded, columns) if transposed else (batch, heads, blocks, padded)
     means = x.new_empty(shape, dtype=torch.float32)
     arguments: dict[str, Any] = {
         "x_ptr": x,
@@ -350,9 +360,9 @@ def _average_launch(x: Tensor, segments: Tensor | None, block: int, *, transpose
         **dict(zip(("x_stride_b", "x_stride_h", "x_stride_s", "x_stride_d"), x.stride(), strict=True)),
         "segment_stride_b": 0 if segments is None else segments.stride(0),
         "segment_stride_s": 1 if segments is None else segments.stride(1),
-        "out_stride_h": padded * blocks,
+        "out_stride_h": means.stride(1),
         "out_stride_r": 1 if transposed else padded,
-        "out_stride_d": blocks if transposed else 1,
+        "out_stride_d": columns if transposed else 1,
         "length": length,
         "heads": heads,
         "BLOCK": block,
@@ -427,6 +437,7 @@ def select_launches(
             "blocks": blocks,
             **sizes,
             "CHUNK": 32,
+            "STEP": 16,
             "HAS_Q_SEGMENTS": q_segments is not None,
         }
         launches.append(Launch(_allowed_blocks, (ceil_div(blocks, 32), rows, batch), arguments, {"num_warps": 4}))
@@ -475,6 +486,7 @@ def select_launches(
         "counts_ptr": kv_num_blocks,
         "lists_ptr": kv_indices,
         "counter_ptr": unused if counter is None else counter,
+        "k_means_stride": k_means.stride(2),
         "scale": scale,
         "budget": budget,
         "budget_stride_b": 0 if budgets is None or budgets.shape[0] == 1 else heads,
@@ -484,7 +496,7 @@ def select_launches(
         "width": width,
         "groups": groups,
         "heads": heads,
-        "GROUP": heads // kv_heads,
+        "group": heads // kv_heads,
         **sizes,
         "ROWS": rows_each,
         "COLUMNS": columns,

@@ -61,9 +61,11 @@ def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> At
         if head_dim > 128:
             return AttendTile(32, 16, 8, 1, edge_n=16)
         return AttendTile(32, 16, 8, 2, edge_n=16) if head_dim > 64 else AttendTile(64, 32, 8, 2, edge_n=16)
-    if capability >= (9, 0):
-        return AttendTile(128, 64, 8, 2, edge_n=32) if head_dim > 128 else AttendTile(128, 128, 8, 3, edge_n=64)
-    return AttendTile(64, 32, 8, 2, edge_n=16) if head_dim > 128 else AttendTile(128, 64, 8, 2, edge_n=32)
+    if head_dim <= 128:
+        return AttendTile(128, 128, 8, 3, edge_n=64) if capability >= (9, 0) else AttendTile(128, 64, 8, 2, edge_n=32)
+    if capability[0] == 9:
+        return AttendTile(128, 64, 8, 2, edge_n=16)
+    return AttendTile(64, 64, 8, 2, edge_n=32) if capability[0] == 10 else AttendTile(64, 32, 8, 2, edge_n=16)
 
 
 @lru_cache

@@ -6,18 +6,20 @@ Conventions of shapes, bands, segments and lists: ``kernels/reference.py``.
 import triton
 import triton.language as tl
 
+from sparsepass.kernels.launch import VARYING
+
 
 @triton.jit
-def program_place(program, tiles, kv_heads, GROUP: tl.constexpr):
+def program_place(program, tiles, kv_heads, group):
     """(batch item, KV head, head, tile) of a program.
 
     Neighboring programs are the query heads of one KV head on the same rows (they read the same K and V), then the
     rows from the last to the first (under a causal mask the longest first, so that the last wave is short).
     """
-    tile = tiles - 1 - (program // GROUP) % tiles
-    kv_head = (program // (GROUP * tiles)) % kv_heads
-    item = program // (GROUP * tiles * kv_heads)
-    return item, kv_head, kv_head * GROUP + program % GROUP, tile
+    tile = tiles - 1 - (program // group) % tiles
+    kv_head = (program // (group * tiles)) % kv_heads
+    item = program // (group * tiles * kv_heads)
+    return item, kv_head, kv_head * group + program % group, tile
 
 
 @triton.jit
@@ -35,22 +37,7 @@ def visible_pairs(start, position, q_segment, kv_segments_ptr, kv_segments_strid
     return visible, there
 
 
-@triton.jit(
-    do_not_specialize=[
-        "kv_segments_stride_b",
-        "q_segments_stride_b",
-        "edge_stride_b",
-        "edge_stride_h",
-        "q_len",
-        "kv_len",
-        "left",
-        "right",
-        "offset",
-        "tiles",
-        "width",
-        "programs",
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def add_nonfinite_values(
     v_ptr,
     out_ptr,
@@ -77,8 +64,8 @@ def add_nonfinite_values(
     tiles,
     width,
     kv_heads,
+    group,
     programs,
-    GROUP: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -101,7 +88,7 @@ def add_nonfinite_values(
     v_dim_mask = v_dim < V_HEAD_DIM
     for program in range(tl.program_id(0) * FLAGS, tl.minimum((tl.program_id(0) + 1) * FLAGS, programs)):
         if tl.load(flags_ptr + program) > 0:
-            item, kv_head, head, tile = program_place(program, tiles, kv_heads, GROUP)
+            item, kv_head, head, tile = program_place(program, tiles, kv_heads, group)
             item64 = item.to(tl.int64)
             place = item64 * edge_stride_b + head.to(tl.int64) * edge_stride_h + tile * BLOCK_M // Q_BLOCK
             edges = tl.load(edge_counts_ptr + place)
@@ -135,7 +122,7 @@ def add_nonfinite_values(
                     sight = visible.to(tl.float16)
                     up = tl.dot(sight, (bad & (v != float("-inf"))).to(tl.float16), up)
                     down = tl.dot(sight, (bad & (v != float("inf"))).to(tl.float16), down)
-                row = (item64 * q_len + token.to(tl.int64)) * (kv_heads * GROUP) + head
+                row = (item64 * q_len + token.to(tl.int64)) * (kv_heads * group) + head
                 places = out_ptr + row[:, None] * V_HEAD_DIM + v_dim[None, :]
                 there_out = inside[:, None] & v_dim_mask[None, :]
                 out = tl.load(places, mask=there_out, other=0.0).to(tl.float32)

@@ -19,10 +19,9 @@ from sparsepass.counters import Counts
 from sparsepass.drawgraph import DrawNode
 from sparsepass.methods import make_method
 from sparsepass.pipeline import CompiledGraph, backend
-from sparsepass.plan import BY_LENGTH
 from sparsepass.policy import Policy
 from sparsepass.report import GraphReport, Outcome, Report, SiteReport
-from sparsepass.types import Phase, Plan, PlanEntry
+from sparsepass.types import BY_LENGTH, Phase, Plan, PlanEntry
 
 NO_INDUCTOR = "Run without Inductor: times and peak memory are those of the rewritten graph, unfused."
 

@@ -48,6 +48,9 @@ class Method:
         """This method with every head given what the costliest head has."""
         return self
 
+    def prepare(self, device: torch.device) -> None:
+        """Put on the device what ``select`` needs there. Called at compile time: a CUDA graph may not copy."""
+
     def select(
         self,
         query: torch.Tensor,
@@ -142,6 +145,10 @@ class PooledTopK(Method):
             counter=counter,
         )
 
+    def prepare(self, device: torch.device) -> None:
+        if self.head_densities is not None:
+            head_densities(self.head_densities, device)
+
     def for_head(self, head: int) -> PooledTopK:
         if self.head_densities is None:
             return self
@@ -169,8 +176,7 @@ class PooledTopK(Method):
 
 @functools.lru_cache(maxsize=256)
 def head_densities(densities: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Densities of a site's heads on its device, float32 [1, H]. Made when the graph is compiled, reused when it runs:
-    a CUDA graph may not copy from the host."""
+    """Densities of a site's heads on its device, float32 [1, H]. Kept for good: compiled graphs refer to it."""
     import torch
 
     return torch.tensor([densities], dtype=torch.float32, device=device)

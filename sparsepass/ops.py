@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sparsepass import counters
 from sparsepass.kernels.dispatch import Visible, block_sparse_attention
 from sparsepass.methods import Method, decode_budget, make_method
-from sparsepass.types import UNBOUNDED
+from sparsepass.types import BY_LENGTH, UNBOUNDED, Budget
 
 _library = torch.library.Library("sparsepass", "DEF")
 _library.define(
@@ -55,6 +55,18 @@ def _attention(
     lists = method.select(query, key, scale=scale, visible=visible, counter=counter)
     out, _ = block_sparse_attention(query, key, value, lists, scale=scale, visible=visible, counter=counter)
     return out
+
+
+def prepare(budget: Budget, device: torch.device) -> None:
+    """Put on the device what the op needs there under this budget: nothing may be allocated inside a CUDA graph."""
+    counters.prepare(device)
+    if budget.method == BY_LENGTH:
+        texts = [entry.split("=", 1)[1] for entry in str(budget.params["table"]).split(";")]
+        budgets = [decode_budget(text) for text in texts]
+    else:
+        budgets = [budget]
+    for each in budgets:
+        make_method(each).prepare(device)
 
 
 @functools.lru_cache(maxsize=4096)

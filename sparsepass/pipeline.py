@@ -14,6 +14,7 @@ from torch import fx
 from sparsepass import counters, dynamo, record
 from sparsepass import options as options_module
 from sparsepass.canon import value
+from sparsepass.ops import prepare
 from sparsepass.plan import GraphPlan, Settings, plan_graph, plan_keys
 from sparsepass.rewrite import Rewriter
 from sparsepass.sites import Findings, find_sites
@@ -129,8 +130,9 @@ def _rewrite(gm: fx.GraphModule, findings: Findings, plan: GraphPlan) -> tuple[f
     entries = plan.current.entries
     if not any(entry.rewritten for entry in entries):
         return gm, 0
-    for device in {entry.site.device for entry in entries if not entry.budget.dense}:
-        counters.prepare(torch.device(device))
+    for entry in entries:
+        if not entry.budget.dense:
+            prepare(entry.budget, torch.device(entry.site.device))
     slot = counters.reserve(f"{gm.code}{plan.current.key}", len(entries))
     twin, copies = dynamo.clone(gm)
     rewriter = Rewriter(twin.graph, copies, slot)

@@ -21,16 +21,13 @@ from sparsepass.mask import MaskTerms
 from sparsepass.methods import encode_budget, make_method
 from sparsepass.policy import Policy
 from sparsepass.sites import Findings, FoundSite
-from sparsepass.types import DENSE, Align, Budget, LengthBucket, Phase, Plan, PlanEntry, Skip, TaskClass
+from sparsepass.types import BY_LENGTH, DENSE, Align, Budget, LengthBucket, Phase, Plan, PlanEntry, Skip, TaskClass
 
 plan_keys: dict[str, Callable[[], str]] = {}
 """What the hint guards call: the key of the plan that the current hint resolves to, per distinct table of plans.
 
 Part of the package's surface (``sparsepass.plan_keys``) because Dynamo's guards can reach nothing deeper.
 """
-
-BY_LENGTH = "by_length"
-"""Method name of a budget that the op picks from the real key length; its ``table`` is the op's text."""
 
 TASKS = tuple(TaskClass)
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given
 from torch import Tensor
 
-from sparsepass.kernels import cpu, cpu_build, cpu_gather, cpu_native
+from sparsepass.kernels import cpu_build, cpu_gather, cpu_native
 from sparsepass.kernels.cpu import block_sparse_attention_cpu
 from tests.kernels.strategies import (
     Case,
@@ -36,7 +36,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
         pytest.skip("the C++ kernel cannot be built here")
     patch = pytest.MonkeyPatch()
     if request.param == "gather":
-        patch.setattr(cpu.cpu_native, "available", lambda dtype: False)
+        patch.setattr(cpu_native, "available", lambda dtype: False)
     yield cpu_native if request.param == "native" else cpu_gather
     patch.undo()
 

@@ -17,6 +17,7 @@ from sparsepass.kernels.cpu import select_blocks_cpu
 from sparsepass.kernels.reference import block_scores_reference, listed_blocks, select_blocks_reference
 from tests.kernels.strategies import Case, cases
 
+
 @pytest.fixture(params=["native", "torch"], scope="module", autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each implementation behind the public function; the C++ one where it can be built."""

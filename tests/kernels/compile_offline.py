@@ -1,0 +1,91 @@
+"""Compiles launches for GPUs that are not here, and reads what the compiler says about them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+
+from sparsepass.kernels.attend_triton import attend_launches
+from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.select_triton import select_launches
+from sparsepass.kernels.spec import Capability
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int8: "i8",
+}
+
+
+def compile_launch(launch: Launch, capability: Capability) -> Any:
+    """The compiled kernel of a launch, its arguments specialized as Triton's JIT does: ones, and multiples of 16."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or is_one:
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    return triton_compile(source, target=target, options=launch.options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """REG (registers a thread), STACK and LOCAL (spilled bytes a thread), SHARED (bytes a program), off the cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {**found, "SHARED": compiled.metadata.shared}
+
+
+def launches_for(
+    dtype: torch.dtype, head_dim: int, *, segments: bool, kv_len: int = 8192, per_head: bool = False, **tile: Any
+) -> list[Launch]:
+    """Every launch of a selection and an attention: 32 query heads, 8 KV heads, blocks of 128, on a fake GPU."""
+    with FakeTensorMode():
+
+        def tokens(heads: int) -> torch.Tensor:
+            return torch.empty(2, kv_len, heads, head_dim, dtype=dtype, device="cuda:0").transpose(1, 2)
+
+        q, k, v = tokens(32), tokens(8), tokens(8)
+        segment = torch.empty(2, kv_len, dtype=torch.int32, device="cuda:0") if segments else None
+        shared: dict[str, Any] = {
+            "scale": 0.1,
+            "left": -1,
+            "right": 0,
+            "offset": 0,
+            "q_segments": segment,
+            "kv_segments": segment,
+            "q_block": 128,
+            "kv_block": 128,
+            "counter": torch.empty(3, dtype=torch.int64, device="cuda:0"),
+        }
+        density = torch.empty(2, 32, device="cuda:0") if per_head else 0.1
+        select, count, lists = select_launches(q, k, density=density, max_density=0.1, **shared)
+        attend, _, _ = attend_launches(q, k, v, count, lists, return_lse=True, **shared, **tile)
+    return select + attend
