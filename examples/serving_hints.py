@@ -78,10 +78,8 @@ def main(argv: list[str] | None = None) -> None:
 
     for name in ("threads", "asyncio"):
         before = counters.total()
-        if name == "threads":
-            answers = serve_threads(answer, REQUESTS)
-        else:
-            answers = asyncio.run(serve_asyncio(answer, REQUESTS))
+        by_thread = name == "threads"
+        answers = serve_threads(answer, REQUESTS) if by_thread else asyncio.run(serve_asyncio(answer, REQUESTS))
         ran = counters.total() - before
         expected = sum(blocks[hint] for hint in REQUESTS)
         same = all(torch.allclose(got, alone[hint], atol=1e-5) for got, hint in zip(answers, REQUESTS, strict=True))
