@@ -132,7 +132,7 @@ def test_results_are_written_between_the_markers(tmp_path: Path) -> None:
     assert "| eager | 200 ms |" in table
     assert "| Inductor | out of memory |" in table
     assert "| sparsepass, `single_qa` | 100 ms (2.00x, -) |" in table
-    assert table.endswith("`python x.py`")
+    assert table.endswith("```\npython x.py\n```")
     body = module.updated(f"before\n{module.BEGIN}\nold\n{module.END}\nafter", "new\n")
     assert body == f"before\n{module.BEGIN}\nnew\n{module.END}\nafter"
     with pytest.raises(ValueError, match="needs each of these lines once"):

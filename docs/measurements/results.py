@@ -23,7 +23,7 @@ BEGIN, END = "<!-- results: written by docs/measurements/results.py -->", "<!-- 
 def seconds(value: float) -> str:
     if value >= 1:
         return f"{value:.2f} s"
-    return f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.2f} ms"
+    return f"{value * 1e3:.0f} ms" if value >= 0.01 else f"{value * 1e3:.2f} ms"
 
 
 def length_text(length: int) -> str:
@@ -41,6 +41,11 @@ def cell(record: dict[str, Any] | None) -> str:
 def ratio(by: dict[tuple[str, int], dict[str, Any]], length: int, other: str, variant: str) -> str:
     base, own = by.get((other, length), {}).get("median_s"), by.get((variant, length), {}).get("median_s")
     return f"{base / own:.2f}x" if base and own else "-"
+
+
+def commands(given: str | list[str]) -> list[str]:
+    """The commands that measured a file, as a block of code."""
+    return ["```", *([given] if isinstance(given, str) else given), "```"]
 
 
 def end_to_end(content: dict[str, Any]) -> list[str]:
@@ -66,7 +71,7 @@ def end_to_end(content: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     if others:
         lines += ["", f"In parentheses: times faster than {' and than '.join(names[other] for other in others)}."]
-    return [*lines, "", f"`{content['command']}`"]
+    return [*lines, "", *commands(content["command"])]
 
 
 SPEEDUPS = ("speedup_over_dense", "speedup_median_of_pairs")
@@ -88,7 +93,7 @@ def attention(content: dict[str, Any], command: str) -> list[str]:
         time = seconds(record.get("median_ms", record.get("sparse_ms", 0.0)) / 1e3)
         cells = (length_text(record["length"]), record["dtype"], record["head_dim"], record["density"], time)
         lines.append("| " + " | ".join(map(str, cells)) + f" | {speedup:.1f}x |")
-    return [*lines, "", f"`{content.get('command', command)}`"]
+    return [*lines, "", *commands(content.get("command", command))]
 
 
 def tables(folder: Path = FOLDER) -> str:
