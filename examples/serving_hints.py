@@ -76,12 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         density = f"density {ran.density:.3f}" if ran.density is not None else "dense"
         print(f"alone   {hint or 'no hint':10} {ran.computed:8} blocks computed, {density}")
 
-    for name, serve in (
-        ("threads", lambda: serve_threads(answer, REQUESTS)),
-        ("asyncio", lambda: asyncio.run(serve_asyncio(answer, REQUESTS))),
-    ):
+    for name in ("threads", "asyncio"):
         before = counters.total()
-        answers = serve()
+        by_thread = name == "threads"
+        answers = serve_threads(answer, REQUESTS) if by_thread else asyncio.run(serve_asyncio(answer, REQUESTS))
         ran = counters.total() - before
         expected = sum(blocks[hint] for hint in REQUESTS)
         same = all(torch.allclose(got, alone[hint], atol=1e-5) for got, hint in zip(answers, REQUESTS, strict=True))

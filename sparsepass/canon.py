@@ -150,8 +150,8 @@ def _transpose(node: fx.Node) -> Op:
 
 def _permute(node: fx.Node) -> Op:
     source = node.args[0]
-    order = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
-    dims = node.kwargs.get("dims", order)
+    order: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
+    dims: Any = node.kwargs.get("dims", order)
     rank = _rank(source)
     if rank is not None and all(isinstance(axis, int) for axis in dims):
         counted = [axis % rank for axis in dims]

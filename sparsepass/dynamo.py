@@ -167,10 +167,10 @@ def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
 def known_inductor_options() -> Iterable[str]:
     from torch._inductor import config
 
-    return config.get_config_copy().keys()
+    return tuple(config.get_config_copy())
 
 
 def known_inductor_modes() -> Iterable[str]:
     import torch._inductor as inductor_package
 
-    return inductor_package.list_mode_options().keys()
+    return tuple(inductor_package.list_mode_options())

@@ -72,7 +72,8 @@ class Form:
 
     @cached_property
     def output(self) -> fx.Node:
-        return self.view.resolve(next(iter(reversed(self.graph.nodes))).args[0])
+        node: fx.Node = self.view.resolve(next(iter(reversed(self.graph.nodes))).args[0])
+        return node
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_cuda_graphs(fresh_dynamo: None) -> None:
     built = copy.deepcopy(model("llama", "sdpa", head_dim=64)).to("cuda", torch.bfloat16)
     policy = everything_sparse(0.5)
     options: dict[str, Any] = {"sparsepass.always_sparse": True, "sparsepass.policy": policy, "triton.cudagraphs": True}
-    fn = torch.compile(built, backend=sparsepass.backend, options=options)
+    fn: Any = torch.compile(built, backend=sparsepass.backend, options=options)
     with torch.no_grad():
         for seed in range(5):
             ids = tokens(1, 1024, seed).to("cuda")
@@ -170,5 +170,5 @@ def test_cuda_graphs(fresh_dynamo: None) -> None:
             got = fn(ids, use_cache=False).logits.clone()
             assert (counters.total() - before).launches == 2
         torch._dynamo.reset()
-        plain = torch.compile(built, backend=sparsepass.backend, options={**options, "triton.cudagraphs": False})
+        plain: Any = torch.compile(built, backend=sparsepass.backend, options={**options, "triton.cudagraphs": False})
         torch.testing.assert_close(got, plain(ids, use_cache=False).logits)
