@@ -67,9 +67,10 @@ def test_packed_sequences_equal_each_alone() -> None:
     q, k, v = qkv(batch=1)
     ends = [0, 90, 91, 250]
     packed = sparse_attention(q, k, v, density=1.0, causal=True, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    assert isinstance(packed, torch.Tensor)
     for start, end in pairwise(ends):
-        part = [x[:, :, start:end] for x in (q, k, v)]
-        torch.testing.assert_close(packed[:, :, start:end], dense(*part, causal=True))
+        alone = dense(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], causal=True)
+        torch.testing.assert_close(packed[:, :, start:end], alone)
     assert torch.equal(packed[:, :, 250:], torch.zeros_like(packed[:, :, 250:]))
 
 

@@ -125,7 +125,7 @@ def test_the_decorator_checks_at_once() -> None:
     with pytest.raises(sparsepass.OptionError):
         sparsepass.sparse(options={"sparsepass.nonsense": 1})(attend)
     with pytest.raises(TypeError, match=r"nn\.Module"):
-        sparsepass.sparse(3)  # type: ignore[type-var]
+        sparsepass.sparse(3)  # type: ignore[call-overload]
 
 
 def test_models_compiled_in_every_documented_way(fresh_dynamo: None) -> None:

@@ -8,8 +8,6 @@ Causal, batch 1, 32 query heads, 8 KV heads, random inputs, blocks of 128. Times
 the median of the repetitions; variants are timed in shuffled order, since a power-capped chip slows under load.
 """
 
-# ruff: noqa: B023  every closure is called within the iteration that made it
-
 from __future__ import annotations
 
 import argparse
