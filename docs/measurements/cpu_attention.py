@@ -78,7 +78,8 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 def machine(arguments: list[str]) -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split("\t: ", 1) for line in info.splitlines() if "\t: " in line)
+    pairs = (line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in pairs}
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     return {
         "hardware": {
@@ -86,6 +87,7 @@ def machine(arguments: list[str]) -> dict[str, Any]:
             "features": [flag for flag in wanted if flag in fields.get("flags", "").split()],
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[2],
         },
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "command": f"python docs/measurements/cpu_attention.py {' '.join(arguments)}",
