@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sparsepass.canon import value
 from sparsepass.ops import prepare
 from sparsepass.plan import GraphPlan, Settings, plan_graph, plan_keys
 from sparsepass.rewrite import Rewriter
-from sparsepass.sites import Findings, find_sites
+from sparsepass.sites import Findings, find_nested, find_sites
 from sparsepass.verify import verify
 
 log = logging.getLogger("sparsepass")
@@ -46,6 +47,7 @@ def backend(
         return dynamo.inductor(gm, example_inputs, patches)
 
     findings = find_sites(gm.graph)
+    findings = replace(findings, refused=findings.refused + find_nested(gm))
     plan = plan_graph(findings, settings)
     rewritten, slot = _rewrite(gm, findings, plan)
     compiled = dynamo.inductor(rewritten, example_inputs, patches) if use_inductor else rewritten.forward

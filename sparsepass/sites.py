@@ -68,6 +68,17 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] = CATALOGUE) -> F
     return Findings(tuple(sites), tuple(refused), view)
 
 
+def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
+    """Attention inside the sub-graphs of higher-order operations (checkpointing, say): found, not rewritten."""
+    skips = []
+    for name, child in gm.named_modules():
+        if isinstance(child, fx.GraphModule) and child is not gm:
+            for found in find_sites(child.graph).sites:
+                reason = f"inside the higher-order operation {name!r} (checkpointing, for instance), left as it is"
+                skips.append(Skip(reason, (f"{name}.{found.site.name}",)))
+    return tuple(skips)
+
+
 def _first_match(candidates: list[Pattern], view: CanonicalGraph, node: fx.Node) -> Attention | Skip | NearMiss:
     nearest: Skip | NearMiss | None = None
     for pattern in candidates:

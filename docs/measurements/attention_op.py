@@ -8,8 +8,6 @@ Causal, batch 1, 32 query heads, 8 KV heads, random inputs, blocks of 128. Times
 the median of the repetitions; variants are timed in shuffled order, since a power-capped chip slows under load.
 """
 
-# ruff: noqa: B023  every closure is called within the iteration that made it
-
 from __future__ import annotations
 
 import argparse
@@ -19,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,33 +83,16 @@ def mask(head_dim: int) -> dict[str, Any]:
 def dense_runs(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
     """The dense SDPA backends that take these inputs, by name."""
 
-    def through(backend: SDPBackend) -> Callable[[], object]:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        return run
-
     runs: dict[str, Callable[[], object]] = {}
-    for name, backend in (
-        ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        ("flash", SDPBackend.FLASH_ATTENTION),
-        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-    ):
-        if name == "efficient" and runs:
-            continue
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         try:
-            through(backend)()
-            runs[name] = through(backend)
+            dense(q, k, v, backend)
+            runs[name] = partial(dense, q, k, v, backend)
         except RuntimeError:
-            if name == "efficient":
-                wide_k, wide_v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
-
-                def efficient() -> Tensor:
-                    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-                        return torch.nn.functional.scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
-
-                runs[name] = efficient
+            pass
+    if not runs:  # float32
+        wide = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v)]
+        runs["efficient"] = partial(dense, q, wide[0], wide[1], SDPBackend.EFFICIENT_ATTENTION)
     return runs
 
 
@@ -132,6 +114,19 @@ def flex_run(q: Tensor, k: Tensor, v: Tensor, count: Tensor, lists: Tensor) -> C
     )
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=True)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1]
+        )
+
+
+def operator(q: Tensor, k: Tensor, v: Tensor, band: dict[str, Any], density: float) -> Tensor:
+    """Selection and attention, as the compiled graph runs them."""
+    lists = select_blocks_cuda(q, k, **band, density=density)
+    return block_sparse_attention_cuda(q, k, v, *lists, **band)[0]
 
 
 def computed_flops(count: Tensor, head_dim: int) -> float:
@@ -169,17 +164,10 @@ def op_table(lengths: list[int], densities: list[float], flex: bool) -> list[dic
             count, lists = select_blocks_cuda(q, k, **band, density=density)
             flops[density] = computed_flops(count, head_dim)
 
-            def select(density: float = density) -> object:
-                return select_blocks_cuda(q, k, **band, density=density)
-
-            def attend(count: Tensor = count, lists: Tensor = lists) -> object:
-                return block_sparse_attention_cuda(q, k, v, count, lists, **band)
-
-            def both(density: float = density) -> object:
-                return block_sparse_attention_cuda(q, k, v, *select_blocks_cuda(q, k, **band, density=density), **band)
-
-            runs["select", density], runs["attend", density], runs["op", density] = select, attend, both
-            runs["op_graph", density] = graphed(both)
+            runs["select", density] = partial(select_blocks_cuda, q, k, **band, density=density)
+            runs["attend", density] = partial(block_sparse_attention_cuda, q, k, v, count, lists, **band)
+            runs["op", density] = partial(operator, q, k, v, band, density)
+            runs["op_graph", density] = graphed(runs["op", density])
             if flex and density < 1:
                 runs["flex", density] = flex_run(q, k, v, count, lists)
         results: dict[tuple[str, float], list[float]] = {key: [] for key in runs}
@@ -188,8 +176,7 @@ def op_table(lengths: list[int], densities: list[float], flex: bool) -> list[dic
             random.shuffle(order)
             for key in order:
                 results[key] += timed(runs[key], 150)
-        dense = {name: statistics.median(times) for (name, density), times in results.items() if density == 1.0}
-        best = min(value for name, value in dense.items() if name in ("cudnn", "flash", "efficient"))
+        best = min(statistics.median(times) for (_, density), times in results.items() if density == 1.0)
         for (name, density), times in results.items():
             record: dict[str, Any] = {"what": name, "dtype": dtype, "head_dim": head_dim, "length": length}
             record |= {"density": density, **summary(times)}
@@ -208,13 +195,10 @@ def crossover_table(points: list[tuple[str, int, int]], densities: list[float]) 
     for dtype, head_dim, length in points:
         q, k, v = inputs(length, head_dim, DTYPES[dtype])
         band = mask(head_dim)
-        dense = {name: statistics.median(timed(run, 30)) for name, run in dense_runs(q, k, v).items()}
-        backend = min(dense, key=lambda name: dense[name])
+        medians = {name: statistics.median(timed(run, 30)) for name, run in dense_runs(q, k, v).items()}
+        backend = min(medians, key=medians.__getitem__)
         for density in densities:
-
-            def both(density: float = density) -> object:
-                return block_sparse_attention_cuda(q, k, v, *select_blocks_cuda(q, k, **band, density=density), **band)
-
+            both = partial(operator, q, k, v, band, density)
             sparse = statistics.median(timed(both, 20))
             graph = statistics.median(timed(graphed(both), 20))
             records.append(
@@ -225,13 +209,13 @@ def crossover_table(points: list[tuple[str, int, int]], densities: list[float]) 
                     "length": length,
                     "density": density,
                     "sparse_ms": round(sparse, 4),
-                    "dense_ms": round(dense[backend], 4),
+                    "dense_ms": round(medians[backend], 4),
                     "sparse_graph_ms": round(graph, 4),
                     "dense_backend": backend,
                 }
             )
         row = [f"{r['density']}:{r['dense_ms'] / r['sparse_ms']:.2f}" for r in records[-len(densities) :]]
-        print(dtype, head_dim, length, f"dense {dense[backend]:.3f} ms; speedup", *row, flush=True)
+        print(dtype, head_dim, length, f"dense {medians[backend]:.3f} ms; speedup", *row, flush=True)
     return records
 
 
@@ -244,7 +228,7 @@ def tile_table(points: list[tuple[int, float]], tiles: list[AttendTile], head_di
         runs = {}
         for tile in tiles:
             launches, _, _ = attend_launches(q, k, v, count, lists, **band, return_lse=False, counter=None, tile=tile)
-            runs[tile] = lambda launches=launches: run_all(launches, q.device)
+            runs[tile] = partial(run_all, launches, q.device)
         results: dict[AttendTile, list[float]] = {tile: [] for tile in tiles}
         for _ in range(3):
             order = list(tiles)
