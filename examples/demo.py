@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -44,7 +45,8 @@ class Run:
 
     @property
     def plan(self) -> str:
-        return ", ".join(dict.fromkeys(graph.plan_key for graph in self.report.graphs))
+        text = ", ".join(dict.fromkeys(graph.plan_key for graph in self.report.graphs))
+        return re.sub(r"\d\.\d{4,}", lambda number: f"{float(number[0]):.3f}", text)
 
     @property
     def speedup(self) -> float:
@@ -180,7 +182,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8, help="query heads of 64 (8)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads (2)")
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=2, help="timed calls after the first; the median counts (2)")
+    parser.add_argument("--repeats", type=int, default=1, help="timed calls after the first; the median counts (1)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     args = parser.parse_args(argv)
