@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
-from sparsepass.kernels.blocks import ceil_div
+from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import partition_launches
 from sparsepass.kernels.spec import AttendTile, attend_tile, capability_of, refuse_unsupported
@@ -46,11 +46,16 @@ def _fold_block(
     left,
     right,
     log2_scale,
-    dim_mask,
+    inside,
     v_dim_mask,
+    q_stride_d,
+    k_stride_d,
     KEYS: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DIM_STEP: tl.constexpr,
     EVEN_DV: tl.constexpr,
+    SIGN: tl.constexpr,
     MASKED: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -65,13 +70,27 @@ def _fold_block(
         visible, there = visible_pairs(
             start, position, q_segment, kv_segments_ptr, kv_segments_stride, kv_len, left, right, KEYS, SEGMENTS
         )
-        k = tl.load(k_ptrs, mask=dim_mask[:, None] & there[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=v_dim_mask[None, :] & there[:, None], other=0.0)
     else:
-        k = tl.load(k_ptrs) if EVEN_D else tl.load(k_ptrs, mask=dim_mask[:, None], other=0.0)
+        there = tl.full([KEYS], 1, tl.int1)
         v = tl.load(v_ptrs) if EVEN_DV else tl.load(v_ptrs, mask=v_dim_mask[None, :], other=0.0)
 
-    scores = tl.dot(q, k, input_precision=PRECISION)
+    if DIM_STEP == BLOCK_D:
+        if MASKED or HEAD_DIM != BLOCK_D:
+            k = tl.load(k_ptrs, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[:, None] & there[None, :], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+    else:  # q is then a tile of pointers
+        scores = tl.zeros([q.shape[0], KEYS], tl.float32)
+        for begin in tl.static_range(0, BLOCK_D, DIM_STEP):
+            here = begin + tl.arange(0, DIM_STEP) < HEAD_DIM
+            step = tl.full([], begin, tl.int64)
+            q_part = tl.load(q + step * q_stride_d, mask=inside[:, None] & here[None, :], other=0.0)
+            k_part = tl.load(k_ptrs + step * k_stride_d, mask=here[:, None] & there[None, :], other=0.0)
+            scores += tl.dot(q_part, k_part, input_precision=PRECISION)
+    if SIGN != 1:
+        scores = scores * SIGN
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -145,6 +164,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DIM_STEP: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
@@ -158,28 +178,23 @@ def _attend(
 
     token = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = token < q_len
-    dim = tl.arange(0, BLOCK_D)
     v_dim = tl.arange(0, BLOCK_DV)
-    dim_mask = dim < HEAD_DIM
     v_dim_mask = v_dim < V_HEAD_DIM
     item64 = item.to(tl.int64)
     token64 = token.to(tl.int64)
 
+    dim = tl.arange(0, DIM_STEP).to(tl.int64)
     q_base = q_ptr + item64 * q_stride_b + head.to(tl.int64) * q_stride_h
-    q = tl.load(
-        q_base + token64[:, None] * q_stride_s + dim.to(tl.int64)[None, :] * q_stride_d,
-        mask=inside[:, None] & dim_mask[None, :],
-        other=0.0,
-    )
-    if SIGN != 1:
-        q = (q * SIGN).to(q_ptr.dtype.element_ty)
+    q = q_base + token64[:, None] * q_stride_s + dim[None, :] * q_stride_d
+    if DIM_STEP == BLOCK_D:
+        q = tl.load(q, mask=inside[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     k_base = k_ptr + item64 * k_stride_b + kv_head.to(tl.int64) * k_stride_h
     v_base = v_ptr + item64 * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     edge_key = tl.arange(0, EDGE_N).to(tl.int64)
-    k_edge = k_base + dim.to(tl.int64)[:, None] * k_stride_d + edge_key[None, :] * k_stride_s
+    k_edge = k_base + dim[:, None] * k_stride_d + edge_key[None, :] * k_stride_s
     v_edge = v_base + edge_key[:, None] * v_stride_s + v_dim.to(tl.int64)[None, :] * v_stride_d
     key = tl.arange(0, BLOCK_N).to(tl.int64)
-    k_tile = k_base + dim.to(tl.int64)[:, None] * k_stride_d + key[None, :] * k_stride_s
+    k_tile = k_base + dim[:, None] * k_stride_d + key[None, :] * k_stride_s
     v_tile = v_base + key[:, None] * v_stride_s + v_dim.to(tl.int64)[None, :] * v_stride_d
 
     kv_segments = kv_segments_ptr
@@ -198,7 +213,6 @@ def _attend(
     blocks = parted_ptr + place * width
     PER_EDGE: tl.constexpr = KV_BLOCK // EDGE_N
     PER_BLOCK: tl.constexpr = KV_BLOCK // BLOCK_N
-    EVEN_D: tl.constexpr = HEAD_DIM == BLOCK_D
     EVEN_DV: tl.constexpr = V_HEAD_DIM == BLOCK_DV
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -209,15 +223,15 @@ def _attend(
         start = tl.load(blocks + step // PER_EDGE) * KV_BLOCK + step % PER_EDGE * EDGE_N
         acc, total, top, flag = _fold_block(
             q, acc, total, top, flag, k_edge, v_edge, k_stride_s, v_stride_s, start, position, q_segment,
-            kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, dim_mask, v_dim_mask,
-            EDGE_N, EVEN_D, EVEN_DV, True, HAS_SEGMENTS, PRECISION,
+            kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, inside, v_dim_mask,
+            q_stride_d, k_stride_d, EDGE_N, HEAD_DIM, BLOCK_D, DIM_STEP, EVEN_DV, SIGN, True, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
     for step in range(edges * PER_BLOCK, count * PER_BLOCK):
         start = tl.load(blocks + step // PER_BLOCK) * KV_BLOCK + step % PER_BLOCK * BLOCK_N
         acc, total, top, flag = _fold_block(
             q, acc, total, top, flag, k_tile, v_tile, k_stride_s, v_stride_s, start, position, q_segment,
-            kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, dim_mask, v_dim_mask,
-            BLOCK_N, EVEN_D, EVEN_DV, False, HAS_SEGMENTS, PRECISION,
+            kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, inside, v_dim_mask,
+            q_stride_d, k_stride_d, BLOCK_N, HEAD_DIM, BLOCK_D, DIM_STEP, EVEN_DV, SIGN, False, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
 
     tl.store(flags_ptr + program, flag)
@@ -345,6 +359,7 @@ def attend_launches(
     unused = edge_counts  # a pointer for what is not there; never read
     block_m, block_n = min(tile.block_m, q_block), min(tile.block_n, kv_block)
     tiles = ceil_div(q_len, block_m)
+    block_d = tile_side(head_dim)
     programs = batch * heads * tiles
     flags = edge_counts.new_empty(programs)
     common: dict[str, Any] = {
@@ -375,7 +390,7 @@ def attend_launches(
         "KV_BLOCK": kv_block,
         "BLOCK_M": block_m,
         "V_HEAD_DIM": v_head_dim,
-        "BLOCK_DV": max(16, triton.next_power_of_2(v_head_dim)),
+        "BLOCK_DV": tile_side(v_head_dim),
         "HAS_SEGMENTS": kv_segments is not None,
         "HAS_Q_SEGMENTS": q_segments is not None,
     }
@@ -396,12 +411,13 @@ def attend_launches(
         "EDGE_N": min(tile.edge_n, kv_block),
         "EDGE_STAGES": tile.edge_stages,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": block_d,
+        "DIM_STEP": min(tile.dim_step, block_d),
         "RETURN_LSE": return_lse,
         "PRECISION": tile.precision,
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     launches.append(Launch(_attend, (programs,), arguments, options))
     arguments = {**common, "programs": programs, "STEP": 16, "FLAGS": 64}
-    launches.append(Launch(add_nonfinite_values, (ceil_div(programs, 64),), arguments, {"num_warps": 4}))
+    launches.append(Launch(add_nonfinite_values, (ceil_div(programs, 64),), arguments, {"num_warps": 8}))
     return launches, out, lse

@@ -75,6 +75,11 @@ def blocks_per_row(
     return low
 
 
+def tile_side(size: int) -> int:
+    """``size`` rounded up to a power of two of at least 16, the least side of a tile."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def list_width(kv_len: int, kv_block: int, budget: int) -> int:
     """Last dimension of ``kv_indices`` for rows that keep at most ``budget`` blocks and the always-kept ones."""
     return max(1, min(ceil_div(kv_len, kv_block), max(budget, ALWAYS_KEPT)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +27,7 @@ VARYING = (
 """Kernel arguments, by name, that Triton must not compile variants for: they change from one request to the next."""
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One kernel launch: ``kernel[grid](**arguments, **options)``. Tests compile it for targets they do not have."""
 
     kernel: Any

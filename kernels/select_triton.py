@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
-from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width
+from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
@@ -368,10 +368,10 @@ def _average_launch(x: Tensor, segments: Tensor | None, block: int, *, transpose
         "BLOCK": block,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": tile_side(head_dim),
         "HAS_SEGMENTS": segments is not None,
     }
-    return Launch(_average_blocks, (blocks, heads, batch), arguments, {"num_warps": 4}), means
+    return Launch(_average_blocks, (blocks, heads, batch), arguments, {"num_warps": 8}), means
 
 
 def select_launches(
@@ -465,7 +465,7 @@ def select_launches(
             "most": budget,
             "heads": heads,
             **sizes,
-            "ROWS": triton.next_power_of_2(rows),
+            "ROWS": tile_side(rows),
             "BITS": max(1, blocks.bit_length()),
         }
         launches.append(Launch(_budgets_from_densities, (heads, density.shape[0]), arguments, {"num_warps": 4}))
@@ -475,7 +475,7 @@ def select_launches(
     width = list_width(kv_len, kv_block, budget)
     kv_num_blocks = q.new_empty(batch, heads, rows, dtype=torch.int32)
     kv_indices = q.new_empty(batch, heads, rows, width, dtype=torch.int32)
-    columns = max(16, triton.next_power_of_2(blocks))
+    columns = tile_side(blocks)
     rows_each = max(1, min(8, 8192 // columns))
     groups = ceil_div(rows, rows_each)
     arguments = {

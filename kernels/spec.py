@@ -44,7 +44,11 @@ CUDA = KernelSpec(
 
 @dataclass(frozen=True, slots=True)
 class AttendTile:
-    """Shape of one attend program: query rows, keys per step, warps, stages of the load pipeline."""
+    """Shape of one attend program: query rows, keys per step, warps, stages of the load pipeline.
+
+    ``edge_n`` and ``edge_stages`` are keys per step and stages where blocks need a mask; ``dim_step`` is how many
+    dimensions of the scores are summed at a time (smaller: fewer registers, and less rounding in float32).
+    """
 
     block_m: int
     block_n: int
@@ -52,17 +56,22 @@ class AttendTile:
     num_stages: int
     edge_n: int = 64
     edge_stages: int = 1
+    dim_step: int = 256
     precision: str = "ieee"
 
 
 def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> AttendTile:
     """The tile for a dtype and head size on a CUDA target: measured on (9, 0); elsewhere sized to fit unspilled."""
     if dtype == torch.float32:
-        if head_dim > 128:
-            return AttendTile(32, 16, 8, 1, edge_n=16)
-        return AttendTile(32, 16, 8, 2, edge_n=16) if head_dim > 64 else AttendTile(64, 32, 8, 2, edge_n=16)
+        if head_dim <= 64:
+            return AttendTile(64, 32, 8, 2, edge_n=16, dim_step=32)
+        keys, stages = (32, 2) if head_dim <= 128 else (16, 1)
+        return AttendTile(32, keys, 8, stages, edge_n=16, dim_step=32)
+    if head_dim <= 128 and capability >= (9, 0):
+        return AttendTile(128, 128, 8, 3, edge_n=64, edge_stages=2)
     if head_dim <= 128:
-        return AttendTile(128, 128, 8, 3, edge_n=64) if capability >= (9, 0) else AttendTile(128, 64, 8, 2, edge_n=32)
+        whole = head_dim & (head_dim - 1) == 0  # padding takes registers for masks
+        return AttendTile(128, 64 if whole else 32, 8, 2, edge_n=32 if whole else 16, edge_stages=2)
     if capability[0] == 9:
         return AttendTile(128, 64, 8, 2, edge_n=16)
     return AttendTile(64, 64, 8, 2, edge_n=32) if capability[0] == 10 else AttendTile(64, 32, 8, 2, edge_n=16)
