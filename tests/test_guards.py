@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 import sparsepass
 from sparsepass import counters, dynamo
 from sparsepass.options import INDUCTOR
-from sparsepass.policy import Policy
+from sparsepass.policy import Policy, Rule
+from sparsepass.types import Budget, TaskClass
 from tests.tiny import SPARSE_OPTIONS
 
 BLOCK = 64
@@ -27,13 +28,13 @@ EDGES = (128, 320, 640)
 """Buckets up to 640 tokens; the first is dense for every hint, the last has half the density."""
 
 
-def policy() -> Policy:
-    rules: list[dict[str, Any]] = []
+def policy(share: float = 1.0) -> Policy:
+    rules = []
     for task, density in DENSITIES.items():
-        for lengths, share in (((EDGES[0], EDGES[1]), density), ((EDGES[1], EDGES[2]), density / 2)):
-            budget = {"method": "pooled_topk", "density": share, "block": BLOCK}
-            rules.append({"task": task, "lengths": {"above": lengths[0], "up_to": lengths[1]}, "budget": budget})
-    return Policy.from_json({"version": 1, "name": "guards", "default": "dense", "rules": rules})
+        for low, high, part in ((EDGES[0], EDGES[1], share), (EDGES[1], EDGES[2], share / 2)):
+            budget = Budget("pooled_topk", {"density": density * part, "block": BLOCK})
+            rules.append(Rule(TaskClass(task), budget, above=low, up_to=high))
+    return Policy(name="guards", rules=tuple(rules))
 
 
 def expected_blocks(task: str | None, length: int) -> int:
@@ -134,8 +135,8 @@ def test_switching_back_reuses(compiled: Any) -> None:
 
 
 def test_hints_with_equal_plans_share_a_graph(fresh_dynamo: None) -> None:
-    rules = [{"task": "single_qa", "budget": {"method": "pooled_topk", "density": 0.5, "block": BLOCK}}]
-    own = Policy.from_json({"version": 1, "name": "two plans", "default": "dense", "rules": rules})
+    budget = Budget("pooled_topk", {"density": 0.5, "block": BLOCK})
+    own = Policy(name="two plans", rules=(Rule(TaskClass.SINGLE_QA, budget),))
     fn = torch.compile(attend, backend=sparsepass.backend, options=options(**{"sparsepass.policy": own}))
     before = dynamo.compile_count()
     for task in HINTS:
@@ -162,7 +163,7 @@ def test_twelve_plans_do_not_hit_the_recompile_limit(fresh_dynamo: None) -> None
 
 def test_dense_lengths_share_one_dynamic_graph(fresh_dynamo: None) -> None:
     """Adjacent buckets with equal plans are merged: growing dense lengths do not recompile at each power of two."""
-    own = Policy.from_json({"version": 1, "name": "dense", "default": "dense", "rules": []})
+    own = Policy(name="dense")
     fn = torch.compile(attend, backend=sparsepass.backend, dynamic=True, options=options(**{"sparsepass.policy": own}))
     before = dynamo.compile_count()
     for length in (100, 1500, 3000, 600):
@@ -238,11 +239,8 @@ def test_unbacked_lengths_are_decided_by_the_op(fresh_dynamo: None) -> None:
 def test_a_changed_policy_is_not_answered_from_a_cache(fresh_dynamo: None, monkeypatch: Any, tmp_path: Any) -> None:
     """With warm FX-graph and AOTAutograd caches on disk, another policy still runs its own budgets."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    halved = policy().to_json()
-    for entry in halved["rules"]:
-        entry["budget"]["density"] /= 2
     counts = []
-    for own in (policy(), Policy.from_json(halved), policy()):
+    for own in (policy(), policy(0.5), policy()):
         torch._dynamo.reset()
         chosen = options(**{"sparsepass.policy": own, INDUCTOR: True})
         fn = torch.compile(attend, backend=sparsepass.backend, options=chosen)

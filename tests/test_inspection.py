@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 import sparsepass
 from sparsepass import Report
-from sparsepass.policy import Policy
+from sparsepass.policy import Policy, Rule
+from sparsepass.policy_rules import Ranges
+from sparsepass.types import Budget
 from tests.tiny import SPARSE_OPTIONS, everything_sparse, model, tokens
 
 X = torch.randn(2, 4, 300, 16)
@@ -66,10 +68,8 @@ def test_budgets_that_differ_by_head(fresh_dynamo: None) -> None:
         return F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
     x = torch.randn(1, 4, 640, 16)
-    budget = {"method": "pooled_topk", "density": 1.0, "block": 64, "head_densities": [1.0, 0.5, 0.5, 1.0]}
-    own = Policy.from_json(
-        {"version": 1, "name": "heads", "default": "dense", "rules": [{"task": "*", "budget": budget}]}
-    )
+    budget = Budget("pooled_topk", {"density": 1.0, "block": 64, "head_densities": (1.0, 0.5, 0.5, 1.0)})
+    own = Policy(name="heads", rules=(Rule(None, budget),))
     report = sparsepass.explain(one, x, task="multi_hop", options={**SPARSE_OPTIONS, "sparsepass.policy": own})
     visible = sum(range(1, 11))
     kept = next(k for k in range(1, 11) if sum(min(k, i) for i in range(1, 11)) >= 0.5 * visible)
@@ -78,8 +78,8 @@ def test_budgets_that_differ_by_head(fresh_dynamo: None) -> None:
 
 
 def test_layers_may_have_their_own_budgets(fresh_dynamo: None) -> None:
-    rules = [{"task": "*", "layers": "1", "budget": {"method": "pooled_topk", "density": 0.5, "block": 64}}]
-    own = Policy.from_json({"version": 1, "name": "layers", "default": "dense", "rules": rules})
+    budget = Budget("pooled_topk", {"density": 0.5, "block": 64})
+    own = Policy(name="layers", rules=(Rule(None, budget, layers=Ranges.parse("1")),))
     report = sparsepass.explain(
         model(), tokens(1, 300), use_cache=False, task="multi_qa", options={**SPARSE_OPTIONS, "sparsepass.policy": own}
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sparsepass.policy import Policy
+from sparsepass.policy import Policy, Rule
+from sparsepass.types import Budget
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -41,12 +42,8 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def everything_sparse(density: float = 1.0, block: int | None = None) -> Policy:
     """Every task class but ``dense`` through the sparse kernel at one density, whatever the length."""
-    budget: dict[str, Any] = {"method": "pooled_topk", "density": density}
-    if block is not None:
-        budget["block"] = block
-    return Policy.from_json(
-        {"version": 1, "name": f"all {density}", "default": "dense", "rules": [{"task": "*", "budget": budget}]}
-    )
+    params = {"density": density} if block is None else {"density": density, "block": block}
+    return Policy(name=f"all {density}", rules=(Rule(None, Budget("pooled_topk", params)),))
 
 
 SPARSE_OPTIONS: dict[str, Any] = {"sparsepass.always_sparse": True, "sparsepass.inductor": False}
