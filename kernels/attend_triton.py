@@ -9,7 +9,7 @@ finds nothing to do unless there are any. Conventions of shapes, bands, segments
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import partition_launches
+from sparsepass.kernels.prepared import run_prepared
 from sparsepass.kernels.spec import AttendTile, attend_tile, capability_of, refuse_unsupported
 from sparsepass.kernels.visible_triton import add_nonfinite_values, program_place, visible_pairs
 
@@ -70,10 +71,8 @@ def _fold_block(
         visible, there = visible_pairs(
             start, position, q_segment, kv_segments_ptr, kv_segments_stride, kv_len, left, right, KEYS, SEGMENTS
         )
-        v = tl.load(v_ptrs, mask=v_dim_mask[None, :] & there[:, None], other=0.0)
     else:
         there = tl.full([KEYS], 1, tl.int1)
-        v = tl.load(v_ptrs) if EVEN_DV else tl.load(v_ptrs, mask=v_dim_mask[None, :], other=0.0)
 
     if DIM_STEP == BLOCK_D:
         if MASKED or HEAD_DIM != BLOCK_D:
@@ -101,11 +100,13 @@ def _fold_block(
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
     if MASKED:
+        v = tl.load(v_ptrs, mask=v_dim_mask[None, :] & there[:, None], other=0.0)
         # A weight of 0 times a hidden inf or NaN is NaN, so such values wait for add_nonfinite_values.
         finite = tl.abs(v.to(tl.float32)) < float("inf")
         flag = tl.maximum(flag, tl.max((finite == 0).to(tl.int32)))
         acc = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
     else:
+        v = tl.load(v_ptrs) if EVEN_DV else tl.load(v_ptrs, mask=v_dim_mask[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, new_top, flag
 
@@ -287,25 +288,33 @@ def block_sparse_attention_cuda(
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernel does not take.
     """
-    launches, out, lse = attend_launches(
-        q,
-        k,
-        v,
-        kv_num_blocks,
-        kv_indices,
-        scale=scale,
-        left=left,
-        right=right,
-        offset=offset,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
-        q_block=q_block,
-        kv_block=kv_block,
-        return_lse=return_lse,
-        counter=counter,
-    )
-    host.run_all(launches, q.device)
-    return out, lse
+    options: dict[str, Any] = {
+        "scale": scale,
+        "left": left,
+        "right": right,
+        "offset": offset,
+        "q_block": q_block,
+        "kv_block": kv_block,
+        "return_lse": return_lse,
+    }
+
+    def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
+        launches, *outputs = attend_launches(
+            q,
+            k,
+            v,
+            kv_num_blocks,
+            kv_indices,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            counter=counter,
+            **options,
+        )
+        return launches, tuple(outputs)
+
+    inputs = (q, k, v, kv_num_blocks, kv_indices, q_segments, kv_segments, counter)
+    out, lse = run_prepared(q.device, ("attend", *options.values()), inputs, build)
+    return cast(Tensor, out), lse
 
 
 def attend_launches(

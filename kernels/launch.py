@@ -35,8 +35,9 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     options: dict[str, int]
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Launches, compiling first if need be; returns the compiled kernel (None under the interpreter)."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def run_all(launches: list[Launch], device: torch.device) -> None:

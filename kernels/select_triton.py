@@ -7,7 +7,7 @@ lists: scores never leave registers. Conventions of shapes, bands, segments and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
+from sparsepass.kernels.prepared import run_prepared
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
 
 UNROLL = 8
@@ -324,23 +325,27 @@ def select_blocks_cuda(
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernels do not take.
     """
-    launches, kv_num_blocks, kv_indices = select_launches(
-        q,
-        k,
-        scale=scale,
-        left=left,
-        right=right,
-        offset=offset,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
-        q_block=q_block,
-        kv_block=kv_block,
-        density=density,
-        max_density=max_density,
-        counter=counter,
-    )
-    host.run_all(launches, q.device)
-    return kv_num_blocks, kv_indices
+    per_head = density if isinstance(density, Tensor) else None
+    options: dict[str, Any] = {
+        "scale": scale,
+        "left": left,
+        "right": right,
+        "offset": offset,
+        "q_block": q_block,
+        "kv_block": kv_block,
+        "max_density": max_density,
+    }
+
+    def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
+        launches, *outputs = select_launches(
+            q, k, q_segments=q_segments, kv_segments=kv_segments, density=density, counter=counter, **options
+        )
+        return launches, tuple(outputs)
+
+    numbers = ("select", *options.values(), density if per_head is None else None)
+    inputs = (q, k, q_segments, kv_segments, per_head, counter)
+    kv_num_blocks, kv_indices = run_prepared(q.device, numbers, inputs, build)
+    return cast(Tensor, kv_num_blocks), cast(Tensor, kv_indices)
 
 
 def _average_launch(x: Tensor, segments: Tensor | None, block: int, *, transposed: bool) -> tuple[Launch, Tensor]:
@@ -476,7 +481,7 @@ def select_launches(
     kv_num_blocks = q.new_empty(batch, heads, rows, dtype=torch.int32)
     kv_indices = q.new_empty(batch, heads, rows, width, dtype=torch.int32)
     columns = tile_side(blocks)
-    rows_each = max(1, min(8, 8192 // columns))
+    rows_each = max(1, min(8, 4096 // columns))
     groups = ceil_div(rows, rows_each)
     arguments = {
         "q_means_ptr": q_means,
@@ -506,6 +511,6 @@ def select_launches(
         "HAS_BUDGETS": budgets is not None,
         "COUNT": counter is not None,
     }
-    warps = {16384: 8, 32768: 16}.get(columns, 8 if rows_each * columns > 4096 else 4)
+    warps = {8192: 8, 16384: 8, 32768: 16}.get(columns, 4)
     launches.append(Launch(_select, (batch * heads * groups,), arguments, {"num_warps": warps}))
     return launches, kv_num_blocks, kv_indices

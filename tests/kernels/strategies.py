@@ -217,8 +217,8 @@ def assert_as_accurate_as_dense(out: Tensor, inputs: Inputs) -> None:
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Every floating tensor that ``torch.empty`` and its relatives return is full of NaN, every integer one of junk."""
-    names = ("empty", "empty_like", "empty_strided")
-    originals = {name: getattr(torch, name) for name in names}
+    places = [(torch, name) for name in ("empty", "empty_like", "empty_strided")] + [(Tensor, "new_empty")]
+    originals = [getattr(owner, name) for owner, name in places]
 
     def poisoning(original: Any) -> Any:
         def filled(*args: Any, **kwargs: Any) -> Tensor:
@@ -229,13 +229,13 @@ def poisoned_empty() -> Iterator[None]:
 
         return filled
 
-    for name, original in originals.items():
-        setattr(torch, name, poisoning(original))
+    for (owner, name), original in zip(places, originals, strict=True):
+        setattr(owner, name, poisoning(original))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def bands(q_len: int, kv_len: int) -> st.SearchStrategy[tuple[int, int, int]]:
