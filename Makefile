@@ -2,11 +2,13 @@
 # make test    set up .venv and run ruff, mypy and pytest; DEEP=1 for many more hypothesis examples
 # make clean   remove .venv and the caches of the tools
 #
-# PYTHON=python3.12 picks the interpreter (3.11 or 3.12), VENV=path the environment, ARGS=... goes to the demo or pytest.
+# PYTHON=python3.12 picks the interpreter (3.11 or 3.12), VENV=path the environment,
+# WORKERS=4 the test processes, ARGS=... goes to the demo or pytest.
 
 USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 ifeq ($(DEEP),1)
@@ -22,7 +24,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 import sparsepass
 from sparsepass import counters, dynamo
 from sparsepass.options import INDUCTOR
-from sparsepass.policy import Policy, Rule
+from sparsepass.policy import Policy
+from sparsepass.policy_rules import Rule
 from sparsepass.types import Budget, TaskClass
 from tests.tiny import SPARSE_OPTIONS
 

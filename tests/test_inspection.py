@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import sparsepass
 from sparsepass import Report
-from sparsepass.policy import Policy, Rule
-from sparsepass.policy_rules import Ranges
+from sparsepass.policy import Policy
+from sparsepass.policy_rules import Ranges, Rule
 from sparsepass.types import Budget
 from tests.tiny import SPARSE_OPTIONS, everything_sparse, model, tokens
 

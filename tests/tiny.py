@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sparsepass.policy import Policy, Rule
+from sparsepass.policy import Policy
+from sparsepass.policy_rules import Rule
 from sparsepass.types import Budget
 
 SIZES: dict[str, Any] = {

@@ -74,14 +74,25 @@ def end_to_end(content: dict[str, Any]) -> list[str]:
     return [*lines, "", *commands(content["command"])]
 
 
+def hardware(machine: dict[str, Any]) -> str:
+    """What it ran on, from the head of a file: a CPU is described by a table of its own."""
+    device = machine.get("device", machine.get("hardware", "CPU"))
+    if isinstance(device, dict):
+        facts = [device.get("cpu", "CPU"), *device.get("features", []), f"{device.get('threads', '?')} threads"]
+        if "load_average" in device:  # what else the machine was doing
+            facts.append(f"load average {device['load_average']}")
+        device = ", ".join(facts)
+    versions = machine.get("versions", machine)
+    return ", ".join([device, *(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)])
+
+
 SPEEDUPS = ("speedup_over_dense", "speedup_median_of_pairs")
 
 
 def attention(content: dict[str, Any], command: str) -> list[str]:
     """A table of the attention op alone, selection included, against the best dense kernel of the same run."""
     machine = content.get("environment", content)
-    device = machine.get("device") or machine.get("hardware") or machine.get("cpu") or "cpu"
-    lines = [f"The attention op alone, selection included, {device}, torch {machine.get('torch', '?')}:", ""]
+    lines = [f"The attention op alone, selection included, {hardware(machine)}:", ""]
     lines += [
         "| tokens | dtype | head size | density | time | over the best dense kernel |",
         "|---|---|---|---|---|---|",
