@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,39 +43,60 @@ CUDA = KernelSpec(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class AttendTile:
+class AttendTile(NamedTuple):
     """Shape of one attend program: query rows, keys per step, warps, stages of the load pipeline.
 
     ``edge_n`` and ``edge_stages`` are keys per step and stages where blocks need a mask; ``dim_step`` is how many
-    dimensions of the scores are summed at a time (smaller: fewer registers, and less rounding in float32).
+    dimensions of the scores are summed at a time. ``precision`` is how float32 is multiplied: ``tf32x3`` adds three
+    tf32 products and erred no more than ``ieee``, which leaves the matrix units idle and was four times slower.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    edge_n: int = 64
-    edge_stages: int = 1
+    edge_n: int
+    edge_stages: int
     dim_step: int = 256
-    precision: str = "ieee"
+    precision: str = "tf32x3"
+
+
+HALF_TILES = {
+    (8, 64): AttendTile(128, 64, 8, 2, 32, 2),
+    (8, 128): AttendTile(128, 64, 8, 2, 16, 1),
+    (8, 256): AttendTile(64, 32, 8, 2, 16, 1),
+    (9, 64): AttendTile(128, 128, 8, 3, 64, 2),
+    (9, 128): AttendTile(128, 128, 8, 3, 64, 2),
+    (9, 256): AttendTile(128, 64, 8, 2, 16, 1),
+    (10, 64): AttendTile(128, 128, 8, 3, 64, 2),
+    (10, 128): AttendTile(128, 128, 8, 3, 64, 2),
+    (10, 256): AttendTile(64, 64, 8, 2, 32, 1),
+}
+"""Tiles for fp16 and bf16 by (major compute capability, padded head size): timed on 9, sized not to spill on 8, 10."""
+
+FLOAT_TILES = {
+    (8, 64): AttendTile(128, 32, 8, 2, 16, 1, dim_step=32),
+    (8, 128): AttendTile(32, 32, 8, 2, 16, 1, dim_step=32),
+    (8, 256): AttendTile(16, 32, 8, 1, 16, 1, dim_step=32),
+    (9, 64): AttendTile(128, 32, 8, 2, 32, 1),
+    (9, 128): AttendTile(128, 32, 8, 2, 16, 1, dim_step=64),
+    (9, 256): AttendTile(16, 32, 8, 1, 16, 1, dim_step=32),
+    (10, 64): AttendTile(64, 32, 8, 2, 32, 1, dim_step=64),
+    (10, 128): AttendTile(64, 32, 8, 2, 16, 1, dim_step=64),
+    (10, 256): AttendTile(16, 32, 8, 1, 16, 1, dim_step=32),
+}
+"""The same for float32."""
 
 
 def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> AttendTile:
-    """The tile for a dtype and head size on a CUDA target: measured on (9, 0); elsewhere sized to fit unspilled."""
+    """The tile for a dtype and head size (the greater of D and Dv) on a CUDA target; 10 stands for what is newer."""
+    size = next(n for n in (64, 128, 256) if head_dim <= n)
+    major = min(capability[0], 10)
     if dtype == torch.float32:
-        if head_dim <= 64:
-            return AttendTile(64, 32, 8, 2, edge_n=16, dim_step=32)
-        keys, stages = (32, 2) if head_dim <= 128 else (16, 1)
-        return AttendTile(32, keys, 8, stages, edge_n=16, dim_step=32)
-    if head_dim <= 128 and capability >= (9, 0):
-        return AttendTile(128, 128, 8, 3, edge_n=64, edge_stages=2)
-    if head_dim <= 128:
-        whole = head_dim & (head_dim - 1) == 0  # padding takes registers for masks
-        return AttendTile(128, 64 if whole else 32, 8, 2, edge_n=32 if whole else 16, edge_stages=2)
-    if capability[0] == 9:
-        return AttendTile(128, 64, 8, 2, edge_n=16)
-    return AttendTile(64, 64, 8, 2, edge_n=32) if capability[0] == 10 else AttendTile(64, 32, 8, 2, edge_n=16)
+        return FLOAT_TILES[major, size]
+    if major == 8 and 64 < head_dim < 128:  # the masks of padded dimensions take registers
+        return AttendTile(64, 32, 8, 2, 16, 2)
+    return HALF_TILES[major, size]
 
 
 @lru_cache

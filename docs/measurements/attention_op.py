@@ -15,6 +15,7 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -196,6 +197,7 @@ def crossover_table(points: list[tuple[str, int, int]], densities: list[float]) 
         q, k, v = inputs(length, head_dim, DTYPES[dtype])
         band = mask(head_dim)
         medians = {name: statistics.median(timed(run, 30)) for name, run in dense_runs(q, k, v).items()}
+        graphs = {name: statistics.median(timed(graphed(run), 30)) for name, run in dense_runs(q, k, v).items()}
         backend = min(medians, key=medians.__getitem__)
         for density in densities:
             both = partial(operator, q, k, v, band, density)
@@ -204,6 +206,7 @@ def crossover_table(points: list[tuple[str, int, int]], densities: list[float]) 
             records.append(
                 {
                     "device": device,
+                    "device_type": "cuda",
                     "dtype": dtype,
                     "head_dim": head_dim,
                     "length": length,
@@ -211,11 +214,13 @@ def crossover_table(points: list[tuple[str, int, int]], densities: list[float]) 
                     "sparse_ms": round(sparse, 4),
                     "dense_ms": round(medians[backend], 4),
                     "sparse_graph_ms": round(graph, 4),
+                    "dense_graph_ms": round(min(graphs.values()), 4),
                     "dense_backend": backend,
                 }
             )
-        row = [f"{r['density']}:{r['dense_ms'] / r['sparse_ms']:.2f}" for r in records[-len(densities) :]]
-        print(dtype, head_dim, length, f"dense {medians[backend]:.3f} ms; speedup", *row, flush=True)
+        for kind in ("_ms", "_graph_ms"):
+            row = [f"{r['density']}:{r['dense' + kind] / r['sparse' + kind]:.2f}" for r in records[-len(densities) :]]
+            print(dtype, head_dim, length, kind, f"dense {records[-1]['dense' + kind]:.3f}; speedup", *row, flush=True)
     return records
 
 
@@ -262,12 +267,18 @@ def main() -> None:
         others = [("fp16", 128), ("bf16", 256), ("bf16", 80), ("fp32", 64), ("fp32", 128)]
         records += crossover_table([(t, d, n) for t, d in others for n in (4096, 16384)], [0.05, 0.2, 0.45])
     else:
-        tiles = [AttendTile(128, 128, 8, 3), AttendTile(128, 128, 8, 2), AttendTile(128, 64, 8, 3)]
-        tiles += [AttendTile(128, 128, 8, 3, 64, 2), AttendTile(128, 128, 8, 3, 128, 1), AttendTile(128, 64, 4, 3)]
-        tiles += [AttendTile(64, 128, 4, 3), AttendTile(64, 64, 4, 3)]
-        records = tile_table([(32768, 0.1), (131072, 0.05)], tiles, 128, "bf16")
-    result = records if arguments.what == "crossover" else {"environment": environment(), "records": records}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        half = [AttendTile(128, 128, 8, 3, 64, 2), AttendTile(128, 128, 8, 3, 64, 1), AttendTile(128, 128, 8, 2, 64, 2)]
+        half += [AttendTile(128, 64, 8, 3, 64, 2), AttendTile(128, 64, 4, 3, 64, 2), AttendTile(64, 64, 4, 3, 64, 2)]
+        records = tile_table([(32768, 0.1), (131072, 0.05)], half, 128, "bf16")
+        records += tile_table([(32768, 0.1)], half, 64, "bf16")
+        large = [AttendTile(128, 64, 8, 2, 16, 1), AttendTile(64, 64, 8, 2, 32, 1), AttendTile(64, 64, 4, 2, 16, 1)]
+        records += tile_table([(32768, 0.1)], large, 256, "bf16")
+        full = [AttendTile(128, 32, 8, 2, 16, 1, 64), AttendTile(128, 32, 8, 2, 32, 1), AttendTile(64, 32, 4, 2, 16, 1)]
+        full += [AttendTile(64, 32, 8, 2, 16, 1, 64), AttendTile(32, 32, 8, 2, 16, 1, 32, "ieee")]
+        records += tile_table([(16384, 0.2)], full, 128, "fp32")
+    lines = ",\n".join("  " + json.dumps(record) for record in records)
+    head = json.dumps({"command": " ".join(["python", *sys.argv]), **environment()})
+    arguments.out.write_text(f'{{\n "environment": {head},\n "records": [\n{lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from tests.kernels.device import DEVICE, GPU, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
 from tests.kernels.strategies import Case, Inputs, assert_as_accurate_as_dense, cases, poisoned_empty
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -64,6 +64,7 @@ def attend(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor | None]:
         )
 
 
+@settings(max_examples=EXAMPLES)
 @given(cases(**DRAWN))
 def test_errs_at_most_twice_as_much_as_dense(case: Case) -> None:
     inputs = case.tensors(DEVICE)
@@ -75,7 +76,7 @@ def test_errs_at_most_twice_as_much_as_dense(case: Case) -> None:
     torch.testing.assert_close(lse.double(), lse_reference, atol=2e-3, rtol=1e-3)
 
 
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES)
 @given(cases(**DRAWN, bad=True))
 def test_nonfinite_inputs_reach_only_the_rows_that_see_them(case: Case) -> None:
     inputs = case.tensors(DEVICE)
@@ -172,6 +173,23 @@ def test_captured_in_a_cuda_graph_and_replayed_on_new_data() -> None:
         x.normal_()
     graph.replay()
     assert torch.equal(captured, run())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_a_problem_seen_before_runs_on_the_new_tensors() -> None:
+    for seed in (1, 2):
+        inputs = replace(PLAIN, seed=seed, segments="packed", lists="random").tensors(DEVICE)
+        out, _ = attend(inputs)
+        assert_as_accurate_as_dense(out, inputs)
+        shared = replace(inputs, v=inputs.k)
+        out, _ = attend(shared)
+        assert_as_accurate_as_dense(out, shared)
+    shifted = torch.empty(inputs.k.numel() + 1, dtype=inputs.k.dtype, device=DEVICE)[1:]
+    misaligned = shifted.as_strided(inputs.k.shape, inputs.k.stride()).copy_(inputs.k)
+    expected, _ = attend(inputs)
+    out, _ = attend(replace(inputs, k=misaligned))
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.device import DEVICE, GPU, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
 from tests.kernels.strategies import Case, cases, poisoned_empty
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -47,6 +47,7 @@ def differing_scores(case: Case, q: Tensor, k: Tensor, mask: dict[str, Any], got
     return float((low.sum(-1) - high.sum(-1)).abs().max())
 
 
+@settings(max_examples=EXAMPLES)
 @given(cases(**DRAWN), st.floats(0, 1.1), st.booleans())
 def test_selects_what_the_reference_selects(case: Case, density: float, per_head: bool) -> None:
     inputs = case.tensors(DEVICE)
@@ -62,6 +63,7 @@ def test_selects_what_the_reference_selects(case: Case, density: float, per_head
     assert counter.tolist() == [0, 0, int(allowed.sum())]
 
 
+@settings(max_examples=EXAMPLES)
 @given(cases(**DRAWN, segments=("none",)), st.floats(0, 1))
 def test_ties_go_to_the_lower_index(case: Case, density: float) -> None:
     # Whole blocks of one of three values: averages and scores are exact, and most of them tie.
@@ -82,7 +84,7 @@ def test_ties_go_to_the_lower_index(case: Case, density: float) -> None:
     assert torch.equal(lists, expected)
 
 
-@settings(max_examples=15)
+@settings(max_examples=EXAMPLES)
 @given(cases(**DRAWN, bad=True), st.floats(0, 1))
 def test_nonfinite_scores_keep_lists_valid_and_forced_blocks(case: Case, density: float) -> None:
     inputs = case.tensors(DEVICE)
