@@ -93,6 +93,9 @@ class Budget:
 
 DENSE = Budget("dense")
 
+BY_LENGTH = "by_length"
+"""Method name of a budget that the op picks from the real key length; its ``table`` is the op's text."""
+
 
 @dataclass(frozen=True, slots=True)
 class LengthBucket:

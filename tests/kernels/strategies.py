@@ -113,7 +113,8 @@ class Case:
             "q_block": self.q_block,
             "kv_block": self.kv_block,
         }
-        return Inputs(*(_moved(x, device) for x in (q, k, v)), kv_num_blocks.to(device), kv_indices.to(device), mask)
+        q, k, v = (_moved(x, device) for x in (q, k, v))
+        return Inputs(q, k, v, kv_num_blocks.to(device), kv_indices.to(device), mask)
 
     def _laid_out(self, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
         """Random values of ``shape`` under this case's strides."""

@@ -40,7 +40,7 @@ def select(q: Tensor, k: Tensor, mask: dict[str, Any], **options: Any) -> tuple[
 def differing_scores(case: Case, q: Tensor, k: Tensor, mask: dict[str, Any], got: Any, want: Any) -> float:
     """How far apart the scores are of the blocks that only one of two selections has; 0 for equal selections."""
     scores, allowed, _ = block_scores_reference(q, k, **mask)
-    ours, theirs = (listed_blocks(*lists, allowed.shape[-1]).to(scores.device) for lists in (got, want))
+    ours, theirs = (listed_blocks(num, at, allowed.shape[-1]).to(scores.device) for num, at in (got, want))
     assert torch.equal(ours & ~allowed, torch.zeros_like(ours)), "a block without a visible pair was selected"
     low = torch.where(ours & ~theirs, scores, 0.0)
     high = torch.where(theirs & ~ours, scores, 0.0)
@@ -114,7 +114,7 @@ def test_long_rows_reach_the_density(blocks: int) -> None:
     block = 64 if GPU else 16
     q = torch.randn(1, 2, blocks * block, 64 if GPU else 16, device=DEVICE)[:, :, -4 * block :]
     k = torch.randn(1, 1, blocks * block, q.shape[3], device=DEVICE)
-    mask = {"scale": 1.0, "left": -1, "right": 0, "offset": (blocks - 4) * block}
+    mask: dict[str, Any] = {"scale": 1.0, "left": -1, "right": 0, "offset": (blocks - 4) * block}
     mask |= {"q_segments": None, "kv_segments": None, "q_block": block, "kv_block": block}
     count, lists = select(q, k, mask, density=0.05)
     scores = (q.double().unflatten(2, (4, block)).mean(3) @ k.double().unflatten(2, (blocks, block)).mean(3).mT)[0]

@@ -1,0 +1,148 @@
+"""Write the README's tables of measured results from the JSON files in this folder.
+
+    python docs/measurements/results.py           # rewrites the part of README.md between the markers
+    python docs/measurements/results.py --check   # exit status 1 if that part is not what the files say
+
+One table per ``end_to_end*.json`` (of ``end_to_end.py``), ``attention_op*.json`` (of ``attention_op.py``) and
+``cpu_attention*.json`` (of ``cpu_attention.py``), under it the command that measured it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+README = FOLDER.parent.parent / "README.md"
+BEGIN, END = "<!-- results: written by docs/measurements/results.py -->", "<!-- end of results -->"
+
+
+def seconds(value: float) -> str:
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.0f} ms" if value >= 0.01 else f"{value * 1e3:.2f} ms"
+
+
+def length_text(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def cell(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    if "error" in record:
+        return "out of memory" if "out of memory" in record["error"] else "failed"
+    return seconds(record["median_s"])
+
+
+def ratio(by: dict[tuple[str, int], dict[str, Any]], length: int, other: str, variant: str) -> str:
+    base, own = by.get((other, length), {}).get("median_s"), by.get((variant, length), {}).get("median_s")
+    return f"{base / own:.2f}x" if base and own else "-"
+
+
+def commands(given: str | list[str]) -> list[str]:
+    """The commands that measured a file, as a block of code."""
+    return ["```", *([given] if isinstance(given, str) else given), "```"]
+
+
+def end_to_end(content: dict[str, Any]) -> list[str]:
+    """A table of median times, variants down and lengths across; then sparsepass over the other two."""
+    by = {(record["variant"], record["length"]): record for record in content["records"]}
+    variants = list(dict.fromkeys(variant for variant, _ in by))
+    lengths = sorted({length for _, length in by})
+    versions = content.get("versions", {})
+    stack = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if name in versions)
+    names = {"eager": "eager", "inductor": "Inductor"}
+    others = [variant for variant in names if variant in variants]
+    lines = [f"Prefill, {content['hardware']}, {content['threads']} CPU threads, {stack}:", ""]
+    lines.append("| | " + " | ".join(length_text(length) for length in lengths) + " |")
+    lines.append("|---|" + "---|" * len(lengths))
+    for variant in variants:
+        name = names.get(variant, f"sparsepass, {variant}" if variant == "no hint" else f"sparsepass, `{variant}`")
+        row = []
+        for length in lengths:
+            text = cell(by.get((variant, length)))
+            if variant not in names and text and others:
+                text += f" ({', '.join(ratio(by, length, other, variant) for other in others)})"
+            row.append(text)
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    if others:
+        lines += ["", f"In parentheses: times faster than {' and than '.join(names[other] for other in others)}."]
+    return [*lines, "", *commands(content["command"])]
+
+
+def hardware(machine: dict[str, Any]) -> str:
+    """What it ran on, from the head of a file: a CPU is described by a table of its own."""
+    device = machine.get("device", machine.get("hardware", "CPU"))
+    if isinstance(device, dict):
+        facts = [device.get("cpu", "CPU"), *device.get("features", []), f"{device.get('threads', '?')} threads"]
+        if "load_average" in device:  # what else the machine was doing
+            facts.append(f"load average {device['load_average']}")
+        device = ", ".join(facts)
+    versions = machine.get("versions", machine)
+    return ", ".join([device, *(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions)])
+
+
+SPEEDUPS = ("speedup_over_dense", "speedup_median_of_pairs")
+
+
+def attention(content: dict[str, Any], command: str) -> list[str]:
+    """A table of the attention op alone, selection included, against the best dense kernel of the same run."""
+    machine = content.get("environment", content)
+    lines = [f"The attention op alone, selection included, {hardware(machine)}:", ""]
+    lines += [
+        "| tokens | dtype | head size | density | time | over the best dense kernel |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in content["records"]:
+        speedup = next((record[name] for name in SPEEDUPS if name in record), None)
+        if speedup is None or record.get("what", "op") != "op":
+            continue
+        time = seconds(record.get("median_ms", record.get("sparse_ms", 0.0)) / 1e3)
+        cells = (length_text(record["length"]), record["dtype"], record["head_dim"], record["density"], time)
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {speedup:.1f}x |")
+    return [*lines, "", *commands(content.get("command", command))]
+
+
+def tables(folder: Path = FOLDER) -> str:
+    parts = []
+    for path in sorted(folder.glob("end_to_end*.json")):
+        parts += [*end_to_end(json.loads(path.read_text(encoding="utf-8"))), ""]
+    for pattern, command in (
+        ("attention_op*.json", "python docs/measurements/attention_op.py op --out docs/measurements/{}"),
+        ("cpu_attention*.json", "python docs/measurements/cpu_attention.py target --out docs/measurements/{}"),
+    ):
+        for path in sorted(folder.glob(pattern)):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            parts += [*attention(content, command.format(path.name)), ""]
+    return "\n".join(["", *parts])
+
+
+def updated(text: str, body: str) -> str:
+    """``text`` with what stands between the markers replaced. Raises ``ValueError`` if they are not there."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the text needs each of these lines once: {BEGIN} and {END}")
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + "\n" + body + END + rest.split(END)[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args(argv)
+    before = options.readme.read_text(encoding="utf-8")
+    after = updated(before, tables())
+    if options.check:
+        if before != after:
+            print(f"{options.readme} is out of date; run python docs/measurements/results.py", file=sys.stderr)
+        return int(before != after)
+    options.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Block-sparse attention and block selection on the CPU: the entry points.
+
+Attention has two implementations of the same meaning: a C++ kernel (``attend_cpu.cpp``, built at first use with the
+compiler that Inductor needs too) and gathered blocks in torch operations, for machines or types without the first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsepass.kernels import cpu_gather, cpu_native
+from sparsepass.kernels.cpu_mask import Visibility
+from sparsepass.kernels.cpu_select import select_blocks_cpu
+
+__all__ = ["block_sparse_attention_cpu", "select_blocks_cpu"]
+
+
+@torch.no_grad()
+def block_sparse_attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    *,
+    scale: float,
+    left: int,
+    right: int,
+    offset: int,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    q_block: int,
+    kv_block: int,
+    return_lse: bool = False,
+    counter: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the listed key blocks of every query block.
+
+    Args:
+        q: [B, H, Sq, D], fp16, bf16, fp32 or fp64, any strides.
+        k: [B, Hkv, Skv, D], v: [B, Hkv, Skv, Dv]; query head h reads key/value head ``h // (H // Hkv)``.
+        kv_num_blocks: int32 [B or 1, H or 1, q_blocks], listed blocks per query block.
+        kv_indices: int32 [B or 1, H or 1, q_blocks, width]; the first ``kv_num_blocks`` entries of a row are valid,
+            unique and ascending, the rest is ignored. These are the fields of FlexAttention's ``BlockMask``.
+        scale: factor of the scores.
+        left, right, offset: the band, in tokens: query i at position i + offset sees keys position - left to
+            position + right; -1 lifts a side.
+        q_segments, kv_segments: int32 [B, Sq] and [B, Skv] or None; a key is visible to queries of its own segment
+            only, and to none if that is -1. ``q_segments=None`` beside ``kv_segments``: all queries are of segment 0.
+        q_block, kv_block: tokens per block of the lists.
+        return_lse: whether to return the log-sum-exp.
+        counter: int64 [3]; [0] += 1, [1] += blocks attended to, over batch, heads and rows.
+
+    Returns:
+        out [B, H, Sq, Dv] of q's dtype, laid out [B, Sq, H, Dv]; and the natural log-sum-exp of the scaled scores,
+        float32 [B, H, Sq], or None. Queries that see no key give 0 and -inf.
+
+    Raises:
+        IndexError: a listed block is outside the keys.
+    """
+    batch, heads, q_len, _ = q.shape
+    mask = Visibility(q_len, k.shape[2], q_block, kv_block, left, right, offset, q_segments, kv_segments)
+    counts = kv_num_blocks.expand(batch, heads, -1)
+    indices = kv_indices.expand(batch, heads, -1, -1)
+    implementation = cpu_native if cpu_native.available(q.dtype) else cpu_gather
+    out, lse = implementation.attend(q, k, v, counts, indices, mask, scale, return_lse)
+    if counter is not None:
+        counter[0] += 1
+        counter[1] += counts.sum()
+    return out, lse

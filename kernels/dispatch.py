@@ -1,0 +1,165 @@
+"""One entry per operation: the kernel of the tensors' device, with its arguments checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsepass.errors import KernelInputError
+from sparsepass.kernels.support import default_block, why_not
+
+UNBOUNDED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """Which keys a query may see, by position and by segment.
+
+    Query row ``i`` stands at ``p = i + offset`` and sees keys ``p - left .. p + right``; -1 lifts a side. Where
+    ``kv_segments`` (int32 [B, Skv]) is given, a key must also carry the row's number in ``q_segments`` (int32 [B, Sq];
+    ``None``: all 0). Keys of -1 are seen by no row: padding.
+    """
+
+    left: int = UNBOUNDED
+    right: int = UNBOUNDED
+    offset: int = 0
+    q_segments: torch.Tensor | None = None
+    kv_segments: torch.Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "left": self.left,
+            "right": self.right,
+            "offset": self.offset,
+            "q_segments": self.q_segments,
+            "kv_segments": self.kv_segments,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLists:
+    """Key blocks to compute per query block, as FlexAttention's ``BlockMask`` holds them.
+
+    ``kv_num_blocks`` int32 [B, H, nq] (B and H may be 1) and ``kv_indices`` int32 [B, H, nq, width]: the first
+    ``kv_num_blocks`` entries of a row count, are distinct and ascend. Blocks are ``q_block`` by ``kv_block`` tokens.
+    """
+
+    kv_num_blocks: torch.Tensor
+    kv_indices: torch.Tensor
+    q_block: int
+    kv_block: int
+
+
+def select_pooled_topk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scale: float,
+    visible: Visible,
+    density: float | torch.Tensor,
+    max_density: float | None = None,
+    block: int | None = None,
+    counter: torch.Tensor | None = None,
+) -> BlockLists:
+    """Pooled block top-k (The Sparse Frontier, arXiv 2504.17768) for query [B, H, Sq, D] and key [B, Hkv, Skv, D].
+
+    ``density``: share of the visible blocks to keep, or a float32 tensor [B or 1, H] of shares on the device, at most
+    ``max_density``. ``block``: tokens per block, 64 or 128; None for the device's default. ``counter``: int64 [3] on
+    the device; the number of visible blocks is added to its last entry. No host synchronization.
+    Raises ``KernelInputError``.
+    """
+    _check(query, key, key)
+    size = default_block(query.device) if block is None else block
+    if size not in (64, 128):
+        raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
+    select: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    if query.device.type == "cuda":
+        from sparsepass.kernels.select_triton import select_blocks_cuda
+
+        select = select_blocks_cuda
+    else:
+        from sparsepass.kernels.cpu import select_blocks_cpu
+
+        select = select_blocks_cpu
+    num, indices = select(
+        query,
+        key,
+        scale=scale,
+        **visible.arguments(),
+        q_block=size,
+        kv_block=size,
+        density=density,
+        max_density=max_density,
+        counter=counter,
+    )
+    return BlockLists(num, indices, size, size)
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    visible: Visible,
+    return_lse: bool = False,
+    counter: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of query [B, H, Sq, D] over the listed blocks of key [B, Hkv, Skv, D] and value [B, Hkv, Skv, D].
+
+    fp16, bf16 or fp32, any strides, H a multiple of Hkv. Returns the output [B, H, Sq, D], laid out as [B, Sq, H, D],
+    and the log-sum-exp float32 [B, H, Sq] of the scaled scores (natural logarithm; None unless asked for). A row that
+    sees nothing gives 0 and -inf. ``counter``: int64 [3] on the device; a launch and the listed blocks are added to
+    its first two entries. No host synchronization. Raises ``KernelInputError``.
+    """
+    _check(query, key, value)
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    if query.device.type == "cuda":
+        from sparsepass.kernels.attend_triton import block_sparse_attention_cuda
+
+        attend = block_sparse_attention_cuda
+    else:
+        from sparsepass.kernels.cpu import block_sparse_attention_cpu
+
+        attend = block_sparse_attention_cpu
+    out, lse = attend(
+        query,
+        key,
+        value,
+        lists.kv_num_blocks,
+        lists.kv_indices,
+        scale=scale,
+        **visible.arguments(),
+        q_block=lists.q_block,
+        kv_block=lists.kv_block,
+        return_lse=return_lse,
+        counter=counter,
+    )
+    return out, lse if return_lse else None
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise KernelInputError(f"{name} has shape {tuple(tensor.shape)}; accepted is [batch, heads, length, size].")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise KernelInputError(
+                f"{name} is {tensor.dtype} on {tensor.device} but query is {query.dtype} on {query.device}; "
+                "give all three one type and one device."
+            )
+    if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3] or query.shape[3] != key.shape[3]:
+        raise KernelInputError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not go together: "
+            "batch, and head size, must be the same, and key and value must have the same heads and length."
+        )
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise KernelInputError(
+            f"query has {query.shape[1]} heads and key {key.shape[1]}; query heads must be a multiple of key heads."
+        )
+    reason = why_not(query.device, query.dtype, query.shape[3], value.shape[3])
+    if reason:
+        raise KernelInputError(reason)

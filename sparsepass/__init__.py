@@ -1,0 +1,38 @@
+"""sparsepass: a ``torch.compile`` backend that rewrites attention into block-sparse kernels.
+
+The budget, how much of the attention is computed, follows the length and a task hint; both are guarded, so each
+compiled graph carries its own budget.
+"""
+
+from sparsepass.decorator import sparse
+from sparsepass.errors import HintError, KernelInputError, OptionError, PolicyError, SparsepassError
+from sparsepass.hints import TaskHint, current_task, task
+from sparsepass.inspection import explain
+from sparsepass.pipeline import backend
+from sparsepass.plan import plan_keys
+from sparsepass.policy import Policy
+from sparsepass.report import Report
+from sparsepass.types import Budget, TaskClass
+from sparsepass.warmup import warmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "HintError",
+    "KernelInputError",
+    "OptionError",
+    "Policy",
+    "PolicyError",
+    "Report",
+    "SparsepassError",
+    "TaskClass",
+    "TaskHint",
+    "backend",
+    "current_task",
+    "explain",
+    "plan_keys",
+    "sparse",
+    "task",
+    "warmup",
+]

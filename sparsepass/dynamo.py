@@ -1,0 +1,176 @@
+"""Everything that touches private torch API: guards, symbolic lengths, cloning, the recompile limit, Inductor's entry.
+
+Written against torch 2.11 to 2.13; a change there breaks here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+log = logging.getLogger("sparsepass")
+
+RECOMPILE_LIMIT = 64
+"""Dynamo's own limit is 8 for all of transformers' models together; ``generate`` takes three graphs a plan."""
+
+_compiled = 0
+
+
+def compile_count() -> int:
+    """Graphs that the sparsepass backend has compiled in this process."""
+    return _compiled
+
+
+def count_compile() -> None:
+    global _compiled
+    _compiled += 1
+
+
+def raise_recompile_limit() -> None:
+    """Make room for one graph per (length bucket, plan), in every thread. A limit that the user set stays.
+
+    The default is raised, not the value: values are kept per context (torch 2.13), so that a thread started later would
+    not see one that was set here.
+    """
+    entry = torch._dynamo.config._config["recompile_limit"]
+    if entry.default < RECOMPILE_LIMIT:
+        log.debug("raising torch._dynamo.config.recompile_limit from %d to %d", entry.default, RECOMPILE_LIMIT)
+        entry.default = RECOMPILE_LIMIT
+
+
+def install_plan_guard(registry_key: str) -> str:
+    """Guard the frame being compiled on ``sparsepass.plan_keys[registry_key]()``; returns the guard's text.
+
+    ``ImportSource`` takes the top package only, so the registry has to be reachable as an attribute of ``sparsepass``.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource, DictGetItemSource, ImportSource
+
+    registry = AttrSource(ImportSource("sparsepass"), "plan_keys")
+    source = CallFunctionNoArgsSource(DictGetItemSource(registry, registry_key))
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+    return f"sparsepass.plan_keys[{registry_key!r}]()"
+
+
+def hint_value(length: int | torch.SymInt) -> int | None:
+    """The size this call came with, or None for an unbacked symbol. Installs no guard."""
+    if isinstance(length, int):
+        return length
+    node = length.node
+    return int(node.hint) if node.has_hint() else None
+
+
+def can_guard(length: int | torch.SymInt) -> bool:
+    """Whether a guard may narrow ``length``: not for unbacked symbols, nor where the user fixed the range.
+
+    ``mark_dynamic(min=, max=)`` raises ConstraintViolationError on a narrower guard.
+    """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    if isinstance(length, int):
+        return True
+    if free_unbacked_symbols(length) or hint_value(length) is None:
+        return False
+    return not (length.node.expr.free_symbols & _fixed_range_symbols(length.node.shape_env))
+
+
+def holds(condition: Any) -> bool:
+    """Whether a condition on sizes is true whatever the sizes are. Installs no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(condition))
+
+
+def guard_range(length: torch.SymInt, low: int, high: int | None) -> tuple[str, ...]:
+    """Guard ``low < length <= high``, which the current size must satisfy; returns the texts of what was added."""
+    added = []
+    for condition, text in (
+        (length > low, f"{length} > {low}"),
+        (high is None or length <= high, f"{length} <= {high}"),
+    ):
+        if condition is True or holds(condition):
+            continue
+        if not bool(condition):
+            raise RuntimeError(f"{text} does not hold for the current size: a bug in sparsepass")
+        added.append(text)
+    return tuple(added)
+
+
+def _fixed_range_symbols(shape_env: Any) -> set[Any]:
+    from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
+
+    fixed: set[Any] = set()
+    for tracked in shape_env.tracked_fakes or ():
+        constraints = getattr(getattr(tracked, "symbolic_context", None), "constraint_sizes", None)
+        if constraints is None or not isinstance(tracked.fake, torch.Tensor):
+            continue
+        for dim, constraint in enumerate(constraints):
+            size = tracked.fake.shape[dim]
+            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
+                fixed |= size.node.expr.free_symbols
+    return fixed
+
+
+def clone(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Copy of a captured graph, safe to rewrite, and the copy of each node. Dynamo keeps referring to the original."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copies)
+    if output is not None:
+        graph.output(output)
+    old = next(iter(reversed(gm.graph.nodes)))
+    new = next(iter(reversed(graph.nodes)))
+    new.meta.update(old.meta)
+    for original, copy in copies.items():
+        if hasattr(original, "_dynamo_source"):
+            copy._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    twin = fx.GraphModule(gm, graph, type(gm).__name__)
+    twin.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(twin, name, getattr(gm, name))
+    return twin, copies
+
+
+def inductor(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> Callable[..., Any]:
+    """Compile with Inductor, the user's own options passed on."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches or None)
+    return compiled
+
+
+def inductor_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's configuration for ``mode=`` and ``options=``; the latter wins. Raises KeyError for an unknown one."""
+    import torch._inductor as inductor_package
+    from torch._inductor import config
+
+    patches: dict[str, Any] = {}
+    if mode is not None and mode != "default":
+        modes = inductor_package.list_mode_options()
+        if mode not in modes:
+            raise KeyError(mode)
+        patches.update(modes[mode])
+    known = config.get_config_copy()
+    for name, setting in options.items():
+        plain = name.replace("-", "_")
+        if plain not in known:
+            raise KeyError(name)
+        patches[plain] = setting
+    return patches
+
+
+def known_inductor_options() -> Iterable[str]:
+    from torch._inductor import config
+
+    return tuple(config.get_config_copy())
+
+
+def known_inductor_modes() -> Iterable[str]:
+    import torch._inductor as inductor_package
+
+    return tuple(inductor_package.list_mode_options())

@@ -1,0 +1,145 @@
+"""Block-sparse attention for those who call it themselves: block lists in FlexAttention's form, packed sequences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsepass.errors import KernelInputError
+from sparsepass.kernels.dispatch import UNBOUNDED, BlockLists, Visible, block_sparse_attention, select_pooled_topk
+from sparsepass.ops import default_scale
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def segments_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """Segment numbers int32 [1, length] of a packed row, from cumulative lengths [n + 1] (0 first), as in varlen APIs.
+
+    Tokens from the last boundary on get -1: they are padding. No host synchronization.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise KernelInputError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; accepted is one dimension of at least two entries, "
+            "0 first: the cumulative lengths of the packed sequences."
+        )
+    places = torch.arange(length, device=cu_seqlens.device)
+    numbers = torch.searchsorted(cu_seqlens.to(torch.int64), places, right=True) - 1
+    inside = (places < cu_seqlens[-1]) & (numbers >= 0)
+    return torch.where(inside, numbers, -1).to(torch.int32)[None]
+
+
+def from_block_mask(block_mask: BlockMask) -> BlockLists:
+    """Block lists of a FlexAttention ``BlockMask``: its partial and its full blocks together.
+
+    The kernels apply causality, windows and segments by position, not ``mask_mod``: say them to ``sparse_attention``.
+    """
+    partial = _dense_rows(block_mask.kv_num_blocks, block_mask.kv_indices)
+    if block_mask.full_kv_num_blocks is not None:
+        assert block_mask.full_kv_indices is not None  # BlockMask holds both or neither
+        partial = partial | _dense_rows(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    num, indices = lists_from_mask(partial)
+    q_block, kv_block = block_mask.BLOCK_SIZE
+    return BlockLists(num, indices, int(q_block), int(kv_block))
+
+
+def to_block_mask(lists: BlockLists, q_len: int, kv_len: int, mask_mod: Any = None) -> BlockMask:
+    """The FlexAttention ``BlockMask`` of block lists, for ``flex_attention`` or for other kernels that take one."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    blocks = -(-kv_len // lists.kv_block)
+    num, indices = lists_from_mask(_dense_rows(lists.kv_num_blocks, lists.kv_indices, blocks))
+    return BlockMask.from_kv_blocks(
+        num, indices, BLOCK_SIZE=(lists.q_block, lists.kv_block), mask_mod=mask_mod, seq_lengths=(q_len, kv_len)
+    )
+
+
+def lists_from_mask(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kv_num_blocks`` and ``kv_indices`` (int32) of a boolean block map [B, H, nq, nkv]; indices ascend."""
+    order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1).to(torch.int32), order.to(torch.int32)
+
+
+def _dense_rows(num: torch.Tensor, indices: torch.Tensor, blocks: int | None = None) -> torch.Tensor:
+    width = indices.shape[-1]
+    listed = torch.arange(width, device=num.device) < num[..., None]
+    held = torch.zeros(*num.shape, (blocks or width) + 1, dtype=torch.bool, device=num.device)
+    places = torch.where(listed, indices.to(torch.int64), held.shape[-1] - 1)
+    return held.scatter_(-1, places, listed)[..., :-1]
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: BlockLists | BlockMask | None = None,
+    *,
+    density: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    key_padding: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Block-sparse attention, blocks given or selected by pooled block top-k at ``density``.
+
+    query [B, H, Sq, D], key and value [B, Hkv, Skv, D]: fp16, bf16 or fp32, any strides. ``causal``: the last query
+    stands at the last key (queries are a suffix of the keys). ``window``: with ``causal``, keys seen including its own;
+    without, keys to either side. ``key_padding``: bool [B, Skv], True is a real key. ``segments``: integer [B, S],
+    attention stays within equal numbers; ``cu_seqlens``: the same as cumulative lengths, batch 1. Returns the output
+    [B, H, Sq, D], and with ``return_lse`` the log-sum-exp float32 [B, H, Sq]; rows that see nothing give 0 and -inf.
+    Raises ``KernelInputError``. Method: The Sparse Frontier (arXiv 2504.17768), block-sparse.
+    """
+    if (blocks is None) == (density is None):
+        raise KernelInputError("Give either blocks (lists, or a BlockMask) or density, not both and not neither.")
+    if density is not None and not 0 < density <= 1:
+        raise KernelInputError(f"density is {density!r}; accepted is a share above 0 and at most 1.")
+    visible = _visible(query, key, causal, window, key_padding, segments, cu_seqlens)
+    factor = default_scale(query.shape[-1]) if scale is None else scale
+    if blocks is None:
+        lists = select_pooled_topk(query, key, scale=factor, visible=visible, density=density or 1.0)
+    else:
+        lists = blocks if isinstance(blocks, BlockLists) else from_block_mask(blocks)
+    out, lse = block_sparse_attention(query, key, value, lists, scale=factor, visible=visible, return_lse=return_lse)
+    return out if lse is None else (out, lse)
+
+
+def _visible(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+    window: int | None,
+    key_padding: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> Visible:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if window is not None and window < 1:
+        raise KernelInputError(f"window is {window}; accepted is a number of keys, 1 or more.")
+    if segments is not None and cu_seqlens is not None:
+        raise KernelInputError("Give segments or cu_seqlens, not both: they say the same thing.")
+    if cu_seqlens is not None:
+        if query.shape[0] != 1:
+            raise KernelInputError(f"cu_seqlens needs batch 1 (one packed row); query has batch {query.shape[0]}.")
+        segments = segments_from_cu_seqlens(cu_seqlens, kv_len)
+    if segments is not None and (q_len != kv_len or tuple(segments.shape) != (query.shape[0], kv_len)):
+        raise KernelInputError(
+            f"segments of shape {tuple(segments.shape)} for {q_len} queries and {kv_len} keys; "
+            f"accepted is [{query.shape[0]}, {kv_len}] with as many queries as keys."
+        )
+    if key_padding is not None and tuple(key_padding.shape) != (query.shape[0], kv_len):
+        raise KernelInputError(
+            f"key_padding has shape {tuple(key_padding.shape)}; accepted is [{query.shape[0]}, {kv_len}]."
+        )
+    kv_segments = None if segments is None else segments.to(torch.int32)
+    q_segments = None if kv_segments is None else torch.where(kv_segments < 0, -2, kv_segments)  # padding sees nothing
+    if key_padding is not None:
+        real = key_padding.to(torch.bool)
+        numbers = torch.zeros_like(real, dtype=torch.int32) if kv_segments is None else kv_segments
+        kv_segments = torch.where(real, numbers, -1)
+    left = UNBOUNDED if window is None else window - 1 if causal else window
+    right = 0 if causal else UNBOUNDED if window is None else window
+    return Visible(left, right, kv_len - q_len if causal else 0, q_segments, kv_segments)

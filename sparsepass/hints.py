@@ -1,0 +1,257 @@
+"""Task hints: what kind of request this is, said by the user around the call.
+
+The axes are those of The Sparse Frontier (arXiv 2504.17768): *scope*, how many distinct facts the answer needs, and
+*dispersion*, how hard they are to find and how far apart they lie. No hint means the hardest class, never the easiest.
+
+In eager code the hint is kept in a ContextVar, so threads and asyncio tasks each have their own. Inside a compiled
+region a ContextVar cannot be set: there ``task`` annotates the traced nodes instead (``NODE_KEY``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from sparsepass.errors import HintError, close_names
+from sparsepass.types import TaskClass
+
+NODE_KEY = "sparsepass_task"
+"""A hint given inside a compiled region is ``node.meta["custom"][NODE_KEY]``: the task class's name, a str."""
+
+Level = Literal["low", "high"]
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class TaskHint:
+    """A request described by its two axes, for those whose task has no name here.
+
+    ``queries`` counts the independent questions asked at once. Raises ``HintError`` for anything else.
+    """
+
+    scope: Level
+    dispersion: Level
+    queries: int = 1
+
+    def __post_init__(self) -> None:
+        for name, level in (("scope", self.scope), ("dispersion", self.dispersion)):
+            if level not in ("low", "high"):
+                raise HintError(f"TaskHint {name} is {level!r}; accepted are 'low' and 'high'.")
+        if not isinstance(self.queries, int) or isinstance(self.queries, bool) or self.queries < 1:
+            raise HintError(f"TaskHint queries is {self.queries!r}; accepted is an integer of 1 or more.")
+
+    @property
+    def task_class(self) -> TaskClass:
+        """Low/low is ``single_qa``, with more queries ``multi_qa``; one high axis is ``multi_hop`` or ``aggregation``.
+
+        Both high is in none of the measured classes, so it gets what no hint gets: the hardest, ``unknown``.
+        """
+        if self.scope == "high":
+            return TaskClass.UNKNOWN if self.dispersion == "high" else TaskClass.AGGREGATION
+        if self.dispersion == "high":
+            return TaskClass.MULTI_HOP
+        return TaskClass.SINGLE_QA if self.queries == 1 else TaskClass.MULTI_QA
+
+
+Hint = str | TaskHint | TaskClass | None
+"""What a user may give as a hint."""
+
+_BY_NAME = {str(member): member for member in TaskClass}
+
+
+def resolve_hint(hint: Hint) -> TaskClass:
+    """The task class that a hint names; ``None`` is ``UNKNOWN``. Raises ``HintError`` naming the close spellings."""
+    if hint is None:
+        return TaskClass.UNKNOWN
+    if isinstance(hint, TaskHint):
+        return hint.task_class
+    if isinstance(hint, str):  # TaskClass is a str too
+        found = _BY_NAME.get(str(hint))
+        if found is None:
+            raise HintError(f"Unknown task hint {str(hint)!r}. {close_names(str(hint), _BY_NAME)}")
+        return found
+    raise HintError(
+        f"A task hint is a {type(hint).__name__}: {hint!r}; accepted are a name, a TaskHint, a TaskClass or None. "
+        f"{close_names(str(hint), _BY_NAME)}"
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Frame:
+    """One entered hint and those around it. Frames are immutable, so a context that was copied keeps its own."""
+
+    task_class: TaskClass
+    outer: _Frame | None
+    scope: object
+
+
+_current: ContextVar[_Frame | None] = ContextVar("sparsepass_task", default=None)
+
+
+def current_task() -> TaskClass:
+    """The hint in force in this thread or asyncio task. A hint given inside a compiled region does not show here."""
+    frame = _current.get()
+    return TaskClass.UNKNOWN if frame is None else frame.task_class
+
+
+def current_hint() -> TaskClass | None:
+    """As ``current_task``, but ``None`` where no hint is in force: a region's own default may then hold."""
+    frame = _current.get()
+    return None if frame is None else frame.task_class
+
+
+class TaskScope(Protocol):
+    """What ``task`` returns: a context manager and a decorator."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *exc: Any) -> bool | None: ...
+    def __call__(self, fn: _Fn, /) -> _Fn: ...
+
+
+class _EagerScope:
+    """Holds a hint over a block. It stores nothing itself, so one object serves many threads, tasks and nestings."""
+
+    def __init__(self, task_class: TaskClass) -> None:
+        self.task_class = task_class
+
+    def __enter__(self) -> TaskClass:
+        _current.set(_Frame(self.task_class, _current.get(), self))
+        return self.task_class
+
+    def __exit__(self, *exc: Any) -> None:
+        # Not a token: it would have to be stored here, shared by all contexts. The walk skips hints that a suspended
+        # generator left behind.
+        frame = _current.get()
+        while frame is not None and frame.scope is not self:
+            frame = frame.outer
+        if frame is not None:
+            _current.set(frame.outer)
+
+    def __call__(self, fn: _Fn, /) -> _Fn:
+        return _decorate(fn, self.task_class)
+
+    def __repr__(self) -> str:
+        return f"sparsepass.task({str(self.task_class)!r})"
+
+
+def task(hint: Hint) -> TaskScope:
+    """Say what the request is: ``with task("single_qa"): ...`` or ``@task("single_qa")``.
+
+    ``hint`` is a class name (``single_qa``, ``multi_qa``, ``multi_hop``, ``aggregation``, ``dense``, ``unknown``), a
+    ``TaskHint``, a ``TaskClass``, or ``None`` for the hardest class. The inner of two nested hints counts. As a
+    decorator it takes functions, coroutine functions and (asynchronous) generator functions; the hint holds while the
+    function's own code runs, not while its caller handles a yielded value. Raises ``HintError`` right here.
+
+    Inside a compiled region it takes effect on the attention traced within the ``with`` block, and overrules the
+    caller's hint there. Write the call in the ``with`` statement itself: Dynamo cannot enter an object made outside.
+    A function with a graph break inside such a block runs eagerly as a whole, the functions it calls still compiled.
+    """
+    import torch  # not at import: hints are read by tools that run no model
+
+    if torch.compiler.is_compiling():
+        traced: TaskScope = _traced_scope(resolve_hint(hint))
+        return traced
+    return _EagerScope(resolve_hint(hint))
+
+
+def _traced_scope(task_class: TaskClass) -> Any:
+    import torch
+
+    return torch.fx.traceback.annotate({NODE_KEY: str(task_class)})
+
+
+def _decorate(fn: _Fn, task_class: TaskClass) -> _Fn:
+    """Wrap ``fn`` by its kind. Wrappers enter ``task`` anew at each call, since a call may be traced or not."""
+    if inspect.isclass(fn) or not callable(fn):
+        raise HintError(
+            f"sparsepass.task({str(task_class)!r}) decorates functions and methods, and was given {fn!r}; "
+            "decorate the method that runs the model, for instance forward."
+        )
+    name = str(task_class)
+    body: Any = fn if inspect.isroutine(fn) else getattr(fn, "__call__", fn)  # noqa: B004 - the method is wanted
+    wrapper: Any
+    if inspect.isasyncgenfunction(fn) or inspect.isasyncgenfunction(body):
+
+        async def held_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+            steps = _Steps(task_class)
+            source = fn(*args, **kwargs)
+            step, value = source.asend, None
+            try:
+                while True:
+                    with steps:
+                        try:
+                            out = await step(value)
+                        except StopAsyncIteration:
+                            return
+                    try:
+                        step, value = source.asend, (yield out)
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        step, value = source.athrow, error
+            finally:
+                with steps:
+                    await source.aclose()
+
+        wrapper = held_async_generator
+    elif inspect.isgeneratorfunction(fn) or inspect.isgeneratorfunction(body):
+
+        def held_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            steps = _Steps(task_class)
+            source = fn(*args, **kwargs)
+            step, value = source.send, None
+            try:
+                while True:
+                    with steps:
+                        try:
+                            out = step(value)
+                        except StopIteration as stop:
+                            return stop.value
+                    try:
+                        step, value = source.send, (yield out)
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        step, value = source.throw, error
+            finally:
+                with steps:
+                    source.close()
+
+        wrapper = held_generator
+    elif inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(body):
+
+        async def held_coroutine(*args: Any, **kwargs: Any) -> Any:
+            with task(name):
+                return await fn(*args, **kwargs)
+
+        wrapper = held_coroutine
+    else:
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            with task(name):
+                return fn(*args, **kwargs)
+
+        wrapper = held
+    wrapped: Any = functools.wraps(fn)(wrapper)
+    return wrapped  # type: ignore[no-any-return]
+
+
+class _Steps:
+    """Holds the hint over each step of one generator: never over its consumer, and hints that the generator itself
+    entered around a ``yield`` are there again at the next step."""
+
+    def __init__(self, task_class: TaskClass) -> None:
+        self.inner: _Frame | None = _Frame(task_class, None, self)
+        self.outer: _Frame | None = None
+
+    def __enter__(self) -> None:
+        self.outer = _current.get()
+        _current.set(self.inner)
+
+    def __exit__(self, *exc: Any) -> None:
+        self.inner = _current.get()
+        _current.set(self.outer)

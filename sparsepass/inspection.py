@@ -1,0 +1,209 @@
+"""``explain``: run a model once and say what happened at every attention site."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsepass import hints, record
+from sparsepass import options as names
+from sparsepass.counters import Counts
+from sparsepass.drawgraph import DrawNode
+from sparsepass.methods import make_method
+from sparsepass.pipeline import CompiledGraph, backend
+from sparsepass.policy import Policy
+from sparsepass.report import GraphReport, Outcome, Report, SiteReport
+from sparsepass.types import BY_LENGTH, Phase, Plan, PlanEntry
+
+NO_INDUCTOR = "Run without Inductor: times and peak memory are those of the rewritten graph, unfused."
+
+
+def explain(
+    target: Callable[..., Any],
+    *args: Any,
+    task: hints.Hint = None,
+    policy: str | Path | Policy | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Call ``target(*args, **kwargs)`` once, without gradients, and report every attention site.
+
+    ``target`` is a model, a function, or something compiled already (by ``torch.compile(..., backend="sparsepass")`` or
+    ``model.compile(...)``), which is then run as it is. A model or function that is not compiled is compiled for this
+    one call, without Inductor. A method such as ``model.generate`` is run as it is: if nothing in it is compiled, the
+    report says so. ``task``: hint in force during the call. ``options``: as for ``torch.compile``.
+    """
+    runnable, notes = _prepare(target, policy, options)
+    with record.recording() as recording, _PeakMemory() as peak, torch.no_grad():
+        if task is None:
+            runnable(*args, **kwargs)
+        else:
+            with hints.task(task):
+                runnable(*args, **kwargs)
+    graphs = tuple(
+        graph_report(index, graph, before, runs)
+        for index, (graph, before, runs) in enumerate(
+            zip(recording.ran, recording.before, recording.runs_before, strict=True)
+        )
+    )
+    return Report(
+        graphs=graphs,
+        notes=tuple(notes) if graphs else (),
+        peak_memory_bytes=peak.value,
+        device=peak.device_name,
+        versions=versions(),
+    )
+
+
+def _prepare(
+    target: Callable[..., Any], policy: str | Path | Policy | None, options: dict[str, Any] | None
+) -> tuple[Callable[..., Any], list[str]]:
+    if _is_compiled(target) or _is_other_method(target):
+        return target, []
+    chosen = {names.INDUCTOR: False, **(options or {})}
+    if policy is not None:
+        chosen[names.POLICY] = policy
+    notes = [] if chosen[names.INDUCTOR] else [NO_INDUCTOR]
+    return torch.compile(target, backend=functools.partial(backend, options=chosen)), notes
+
+
+def _is_compiled(target: Callable[..., Any]) -> bool:
+    """Whether calling ``target`` enters something that ``torch.compile`` made."""
+    if isinstance(target, nn.Module):
+        inner = getattr(target, "_compiled_call_impl", None) is not None
+        return inner or isinstance(target, torch._dynamo.OptimizedModule) or _is_compiled(target.forward)
+    return hasattr(inspect.unwrap(target) if callable(target) else target, "_torchdynamo_orig_callable") or hasattr(
+        target, "_torchdynamo_orig_callable"
+    )
+
+
+def _is_other_method(target: Callable[..., Any]) -> bool:
+    """A bound method of a module other than forward, such as ``generate``: run as it is, never compiled whole."""
+    return isinstance(getattr(target, "__self__", None), nn.Module) and getattr(target, "__name__", "") != "forward"
+
+
+def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], runs_before: int = 0) -> GraphReport:
+    """Report on one compiled graph; counts are those added since ``before``."""
+    after = graph.counts()
+    plan = graph.plan.current
+    sites = tuple(
+        _site_report(entry, after[entry.site.index] - before.get(entry.site.index, Counts())) for entry in plan.entries
+    )
+    notes = []
+    if graph.plan.registry_key is None and sites:
+        why = "every task class gets the same plan" if graph.findings.prefill else "decode sites stay dense"
+        notes.append(f"No hint guard: {why}.")
+    return GraphReport(
+        index=index,
+        name=f"graph {index}",
+        task=str(graph.plan.task) if graph.plan.registry_key is not None else "any",
+        bucket=_bucket_text(plan),
+        plan_key=plan.key,
+        guards=graph.guards,
+        sites=sites,
+        refused=graph.findings.refused,
+        decode_sites=sum(1 for found in graph.findings.sites if found.site.phase is Phase.DECODE),
+        runs=graph.runs - runs_before,
+        compile_seconds=graph.compile_seconds,
+        notes=tuple(notes),
+        nodes=draw_nodes(graph),
+    )
+
+
+def _bucket_text(plan: Plan) -> str:
+    if plan.bucket is not None:
+        return str(plan.bucket)
+    by_length = any(entry.budget.method == BY_LENGTH for entry in plan.entries)
+    return "decided at run time" if by_length else "any"
+
+
+def _site_report(entry: PlanEntry, ran: Counts) -> SiteReport:
+    asked = None
+    if not entry.budget.dense and entry.budget.method != BY_LENGTH:
+        asked = make_method(entry.budget).mean_density
+    return SiteReport(
+        entry=entry,
+        density_asked=asked,
+        density_achieved=ran.density,
+        blocks_computed=ran.computed,
+        blocks_visible=ran.visible,
+    )
+
+
+def draw_nodes(graph: CompiledGraph) -> tuple[DrawNode, ...]:
+    """The captured graph as records for ``sparsepass.draw``, its attention sites marked."""
+    kinds: dict[str, str] = {skip.nodes[0]: Outcome.REFUSED for skip in graph.findings.refused if skip.nodes}
+    labels = {}
+    for entry in graph.plan.current.entries:
+        kinds[entry.site.name] = SiteReport(entry, None, None, 0, 0).outcome
+        labels[entry.site.name] = str(entry.budget)
+    return tuple(
+        DrawNode(
+            name=node.name,
+            inputs=tuple(used.name for used in node.all_input_nodes),
+            kind=kinds.get(node.name, "op"),
+            label=labels.get(node.name, ""),
+        )
+        for node in graph.captured.graph.nodes
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    held = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "sparsepass"):
+        try:
+            held[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return held
+
+
+class _PeakMemory:
+    """Peak memory of a block: of all CUDA devices, or the process's peak resident set where there is none."""
+
+    value: int | None = None
+    device_name: str = ""
+
+    def __enter__(self) -> _PeakMemory:
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            self.device_name = torch.cuda.get_device_name()
+            for device in self._devices():
+                torch.cuda.reset_peak_memory_stats(device)
+        else:
+            self.device_name = platform.processor() or platform.machine()
+            _reset_resident_peak()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.cuda:
+            self.value = sum(torch.cuda.max_memory_allocated(device) for device in self._devices())
+        else:
+            self.value = _resident_peak()
+
+    def _devices(self) -> Iterable[int]:
+        return range(torch.cuda.device_count())
+
+
+def _reset_resident_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is resident now
+    except OSError:
+        return
+
+
+def _resident_peak() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

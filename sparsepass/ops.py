@@ -1,0 +1,126 @@
+"""The graph op that replaces a site: select blocks by the budget, then compute attention over them.
+
+Schema and fake live here with torch alone; kernels are imported when the op runs. The budget travels as text: it is
+part of the graph, so two budgets can never share a compiled graph or a cache entry.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from sparsepass import counters
+from sparsepass.kernels.dispatch import Visible, block_sparse_attention
+from sparsepass.methods import Method, decode_budget, make_method
+from sparsepass.types import BY_LENGTH, UNBOUNDED, Budget
+
+_library = torch.library.Library("sparsepass", "DEF")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
+    " int left, int right, bool bottom_right, str budget, int slot) -> Tensor",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+SPARSE_ATTENTION = torch.ops.sparsepass.attention.default
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_segments: torch.Tensor | None,
+    kv_segments: torch.Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    budget: str,
+    slot: int,
+) -> torch.Tensor:
+    """Attention over the blocks that ``budget`` selects.
+
+    query [B, H, Sq, D], key and value [B, Hkv, Skv, D] of one dtype (fp16, bf16, fp32), any strides; segments int32
+    [B, Sq] and [B, Skv]. ``budget``: a method's text form, or a table ``high=text;...;*=text`` from which the real key
+    length picks. Returns [B, H, Sq, D] laid out as [B, Sq, H, D].
+    """
+    method = budget_for(budget, key.shape[2])
+    offset = key.shape[2] - query.shape[2] if bottom_right else 0
+    if method is None:
+        out = _dense(query, key, value, q_segments, kv_segments, scale, left, right, offset)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    counter = counters.row(query.device, slot)
+    visible = Visible(left, right, offset, q_segments, kv_segments)
+    lists = method.select(query, key, scale=scale, visible=visible, counter=counter)
+    out, _ = block_sparse_attention(query, key, value, lists, scale=scale, visible=visible, counter=counter)
+    return out
+
+
+def prepare(budget: Budget, device: torch.device) -> None:
+    """Put on the device what the op needs there under this budget: nothing may be allocated inside a CUDA graph."""
+    counters.prepare(device)
+    if budget.method == BY_LENGTH:
+        texts = [entry.split("=", 1)[1] for entry in str(budget.params["table"]).split(";")]
+        budgets = [decode_budget(text) for text in texts]
+    else:
+        budgets = [budget]
+    for each in budgets:
+        make_method(each).prepare(device)
+
+
+@functools.lru_cache(maxsize=4096)
+def budget_for(text: str, kv_len: int) -> Method | None:
+    """The method a budget text stands for at this key length; None for dense."""
+    if "=" in text.split("(", 1)[0]:
+        for entry in text.split(";"):
+            high, chosen = entry.split("=", 1)
+            if high == "*" or kv_len <= int(high):
+                text = chosen
+                break
+    decoded = decode_budget(text)
+    return None if decoded.dense else make_method(decoded)
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_segments: torch.Tensor | None,
+    kv_segments: torch.Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    offset: int,
+) -> torch.Tensor:
+    """The dense kernel, for lengths that could not be decided when the graph was compiled."""
+    gqa = query.shape[1] != key.shape[1]
+    if kv_segments is None and left == UNBOUNDED and offset == 0 and right in (UNBOUNDED, 0):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=right == 0, enable_gqa=gqa)
+    rows = torch.arange(query.shape[2], device=query.device)[:, None] + offset
+    columns = torch.arange(key.shape[2], device=query.device)[None, :]
+    visible = torch.ones(rows.shape[0], columns.shape[1], dtype=torch.bool, device=query.device)
+    if right != UNBOUNDED:
+        visible &= columns <= rows + right
+    if left != UNBOUNDED:
+        visible &= columns >= rows - left
+    mask = visible[None, None]
+    if kv_segments is not None:
+        queries = q_segments[:, :, None] if q_segments is not None else kv_segments.new_zeros(())
+        mask = mask & (queries == kv_segments[:, None, :])[:, None]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # rows that see nothing give 0, as the kernels do
+
+
+def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> torch.Tensor:
+    batch, heads, q_len, _ = query.shape
+    return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+
+
+_library.impl("attention", _attention, "CPU")
+_library.impl("attention", _attention, "CUDA")
+torch.library.register_fake("sparsepass::attention", _fake, lib=_library)
+
+
+def default_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim)

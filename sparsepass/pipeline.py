@@ -1,0 +1,145 @@
+"""The ``torch.compile`` backend: capture, find sites, plan, guard, rewrite, verify, Inductor."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsepass import counters, dynamo, record
+from sparsepass import options as options_module
+from sparsepass.canon import value
+from sparsepass.ops import prepare
+from sparsepass.plan import GraphPlan, Settings, plan_graph, plan_keys
+from sparsepass.rewrite import Rewriter
+from sparsepass.sites import Findings, find_nested, find_sites
+from sparsepass.verify import verify
+
+log = logging.getLogger("sparsepass")
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a captured graph with its attention rewritten; everything else goes to Inductor.
+
+    Use it by name (``torch.compile(model, backend="sparsepass")``) once installed, or as
+    ``backend=sparsepass.backend``. ``mode`` is Inductor's; ``options`` are Inductor's own and those under
+    ``sparsepass.``: ``sparsepass.policy``, ``sparsepass.task``, ``sparsepass.always_sparse``, ``sparsepass.inductor``.
+    Raises ``OptionError``, ``PolicyError`` or ``HintError`` for what is not accepted.
+    """
+    started = time.perf_counter()
+    settings, patches, use_inductor = options_module.parse(mode, options)
+    dynamo.raise_recompile_limit()
+    dynamo.count_compile()
+    if options_module.disabled():
+        log.info("%s is set: compiling with plain Inductor", options_module.DISABLE_VARIABLE)
+        return dynamo.inductor(gm, example_inputs, patches)
+
+    findings = find_sites(gm.graph)
+    findings = replace(findings, refused=findings.refused + find_nested(gm))
+    plan = plan_graph(findings, settings)
+    rewritten, slot = _rewrite(gm, findings, plan)
+    compiled = dynamo.inductor(rewritten, example_inputs, patches) if use_inductor else rewritten.forward
+    hint_guard = None if plan.registry_key is None else dynamo.install_plan_guard(plan.registry_key)
+    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard)
+    graph.compile_seconds = time.perf_counter() - started
+    record.compiled(graph)
+    log.info("%s", graph.summary())
+    return graph if plan.registry_key is not None or findings.sites or findings.refused else compiled
+
+
+class CompiledGraph:
+    """A compiled graph with the plan it was compiled for.
+
+    Each call compares the plan wanted now with that plan: a guard that was dropped (``guard_filter_fn``, or a stance
+    that skips guards) is answered by running the captured graph densely, never with the wrong budget.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        captured: fx.GraphModule,
+        findings: Findings,
+        plan: GraphPlan,
+        settings: Settings,
+        slot: int,
+        hint_guard: str | None,
+    ) -> None:
+        self.compiled = compiled
+        self.captured = captured
+        self.findings = findings
+        self.plan = plan
+        self.settings = settings
+        self.slot = slot
+        self.guards = (*plan.length_guards, *((f"{hint_guard} == {plan.current.key!r}",) if hint_guard else ()))
+        self.compile_seconds = 0.0
+        self.runs = 0
+        self.key = plan.current.key
+        self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
+        self._warned = False
+
+    def __call__(self, *args: Any) -> Any:
+        if record.ACTIVE:
+            record.ran(self)
+        self.runs += 1
+        if self._wanted is not None and self._wanted() != self.key:
+            return self._run_dense(args)
+        return self.compiled(*args)
+
+    def _run_dense(self, args: tuple[Any, ...]) -> Any:
+        if not self._warned:
+            self._warned = True
+            assert self._wanted is not None  # the caller compared it
+            warnings.warn(
+                f"This graph was compiled for the plan {self.key!r}, but the hint in force wants {self._wanted()!r}: "
+                "its guard was dropped (guard_filter_fn, or a stance that skips guards). It runs dense and "
+                "uncompiled; keep the guards on sparsepass.plan_keys.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return self.captured(*args)
+
+    def counts(self) -> dict[int, counters.Counts]:
+        """Counts of what ran so far, by site index. Waits for the device."""
+        return {
+            found.site.index: counters.read(torch.device(found.site.device), self.slot + found.site.index)
+            for found in self.findings.sites
+        }
+
+    def summary(self) -> str:
+        current = self.plan.current
+        sparse = sum(1 for entry in current.entries if not entry.budget.dense)
+        return (
+            f"compiled a graph with {len(self.findings.sites)} attention sites, {sparse} sparse, "
+            f"{len(self.findings.refused)} refused; task {current.task}, bucket {current.bucket}, "
+            f"plan {current.key!r}, guards {list(self.guards)}, {self.compile_seconds:.1f} s"
+        )
+
+
+def _rewrite(gm: fx.GraphModule, findings: Findings, plan: GraphPlan) -> tuple[fx.GraphModule, int]:
+    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes) and the first counter slot of its sites."""
+    entries = plan.current.entries
+    if not any(entry.rewritten for entry in entries):
+        return gm, 0
+    for entry in entries:
+        if not entry.budget.dense:
+            prepare(entry.budget, torch.device(entry.site.device))
+    slot = counters.reserve(f"{gm.code}{plan.current.key}", len(entries))
+    twin, copies = dynamo.clone(gm)
+    rewriter = Rewriter(twin.graph, copies, slot)
+    expected = {found.site.name: value(found.attention.output) for found in findings.sites}
+    rewriter.apply(findings.sites, entries)
+    verify(gm.graph, twin.graph, rewriter.replaced, expected)
+    twin.recompile()
+    return twin, slot

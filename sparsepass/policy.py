@@ -1,0 +1,257 @@
+"""Policies: which budget a task class, a length bucket, a layer and a head get. Data and look-up; files are in
+``sparsepass.policy_file``.
+
+Tolerance to sparsity falls with scope and dispersion and grows with length (The Sparse Frontier, arXiv 2504.17768). The
+built-in prior is that study's fit, made more cautious; it holds until a calibrated policy replaces it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsepass.errors import PolicyError
+from sparsepass.methods import encode_budget, make_method, merge_heads, to_budget
+from sparsepass.policy_rules import Ranges, Rule, rule_to_json
+from sparsepass.types import DENSE, Budget, LengthBucket, TaskClass
+
+VERSION = 1
+"""Of the policy file format."""
+
+SCHEMA_ID = "urn:sparsepass:policy:1"
+"""``$id`` of the schema that files of this version follow."""
+
+POLICY_ENV = "SPARSEPASS_POLICY"
+"""Environment variable: path of the policy file used where none is given."""
+
+PRIOR = {
+    TaskClass.SINGLE_QA: (0.10, 0.03),
+    TaskClass.MULTI_QA: (0.30, 0.10),
+    TaskClass.MULTI_HOP: (0.60, 0.33),
+    TaskClass.AGGREGATION: (0.60, 0.33),
+    TaskClass.UNKNOWN: (0.60, 0.33),
+}
+"""Task class to (density at 16K tokens, the density it never goes under)."""
+
+POWERS = tuple(1024 << power for power in range(11))
+"""Bucket edges that every policy has, in tokens: 1K to 1M."""
+
+
+def prior_density(task: TaskClass, low: int) -> float:
+    """Density of the prior in a bucket whose lower edge is ``low`` tokens: ``d16k * sqrt(16384 / low)``, clamped.
+
+    The lower edge, since the shortest length of a bucket tolerates the least.
+    """
+    at_16k, never_under = PRIOR[task]
+    return min(1.0, max(never_under, at_16k * math.sqrt(16384 / low))) if low > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Maps (task class, length bucket, layer, head) to a budget. Of the rules that hold, the last one wins.
+
+    ``default`` holds where no rule does: ``dense``, or the built-in ``prior``. ``name`` and ``description`` are for
+    people and change no budget, so they are not in the fingerprint. Raises ``PolicyError``.
+    """
+
+    name: str = "unnamed"
+    rules: tuple[Rule, ...] = ()
+    default: Literal["dense", "prior"] = "dense"
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.default not in ("dense", "prior"):
+            raise PolicyError(f"A policy's default is {self.default!r}; accepted are 'dense' and 'prior'.")
+        if not self.name:
+            raise PolicyError("A policy's name is empty; accepted is any text, for reports.")
+        object.__setattr__(self, "rules", tuple(self.rules))
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that decides budgets; the same in every process."""
+        content: dict[str, Any] = {
+            "version": VERSION,
+            "powers": POWERS,
+            "default": self.default,
+            "rules": [rule_to_json(rule) for rule in self.rules],
+        }
+        if self.default == "prior":
+            content["prior"] = {str(task): numbers for task, numbers in PRIOR.items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def buckets(self) -> tuple[LengthBucket, ...]:
+        """All lengths from 1, cut at the powers of two and at the rules' edges: a rule covers a bucket or misses it."""
+        edges = set(POWERS)
+        for rule in self.rules:
+            edges |= {rule.above, rule.up_to or 0}
+        cuts = [0, *sorted(edges - {0})]
+        return tuple(LengthBucket(low, high) for low, high in zip(cuts, [*cuts[1:], None], strict=True))
+
+    def bucket(self, length: int) -> LengthBucket:
+        """The bucket of a key length in tokens. Raises ``PolicyError`` for a length under 1."""
+        if length < 1:
+            raise PolicyError(f"A key length is {length}; accepted is 1 token or more.")
+        return self.buckets[bisect.bisect_left(self._lows, length) - 1]
+
+    @cached_property
+    def _lows(self) -> list[int]:
+        return [bucket.low for bucket in self.buckets]
+
+    def budget(
+        self, task: TaskClass, bucket: LengthBucket, layer: int | None = None, head: int | None = None
+    ) -> Budget:
+        """The budget of one layer, or of one query head of it (both numbered from 0).
+
+        An unknown (``None``) layer gets the most cautious of what any layer gets, and ``None`` as a head likewise.
+        ``bucket`` is one of ``buckets``; ``PolicyError`` is raised for one that a rule covers in part.
+        """
+        return self._budget(task, bucket, layer, head, None)
+
+    def budgets_for_heads(
+        self, task: TaskClass, bucket: LengthBucket, layer: int | None, heads: int
+    ) -> tuple[Budget, ...]:
+        """The budgets of a layer's ``heads`` query heads, in order.
+
+        Raises ``PolicyError`` for a budget with ``head_densities`` of another count.
+        """
+        return tuple(self._budget(task, bucket, layer, head, heads) for head in range(heads))
+
+    def site_budget(self, task: TaskClass, bucket: LengthBucket, layer: int | None, heads: int) -> Budget:
+        """One budget for a site of ``heads`` query heads; densities that differ are in its ``head_densities``."""
+        return _site_budget(self, task, bucket, layer, heads)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the policy's file. ``Policy.from_json`` of it is an equal policy."""
+        data: dict[str, Any] = {"$schema": SCHEMA_ID, "version": VERSION, "name": self.name}
+        if self.description:
+            data["description"] = self.description
+        return {**data, "default": self.default, "rules": [rule_to_json(rule) for rule in self.rules]}
+
+    @staticmethod
+    def from_json(data: Any, where: str = "policy") -> Policy:
+        """The policy that ``data``, the content of a file, describes; ``where`` begins each error's text."""
+        from sparsepass import policy_file  # not at import: checking a file needs jsonschema
+
+        return policy_file.from_json(data, where)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Policy:
+        """Read a policy file. Raises ``PolicyError`` naming the file, the place in it, and what is accepted."""
+        from sparsepass import policy_file
+
+        return policy_file.load(Path(path))
+
+    def save(self, path: str | os.PathLike[str], *, seal: bool = False) -> None:
+        """Write the policy's file. ``seal`` adds the fingerprint, so that loading it after an edit fails."""
+        content = {**self.to_json(), **({"fingerprint": self.fingerprint} if seal else {})}
+        Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _budget(
+        self, task: TaskClass, bucket: LengthBucket, layer: int | None, head: int | None, heads: int | None
+    ) -> Budget:
+        rules = _covering(self, task, bucket)
+        found = {
+            _last(rules, at_layer, at_head) or self._default(task, bucket)
+            for at_layer in _places(layer, (rule.layers for rule in rules))
+            for at_head in _places(head, (rule.heads for rule in rules))
+        }
+        for budget in found:
+            densities = budget.params.get("head_densities")
+            if heads is not None and densities is not None and len(densities) != heads:
+                raise PolicyError(
+                    f"Policy {self.name!r} has a budget with head_densities for {len(densities)} heads, used at a "
+                    f"layer of {heads}; give one density per query head, or limit the rule's layers."
+                )
+        if head is not None:
+            found = {to_budget(make_method(budget).for_head(head)) for budget in found}
+        return found.pop() if len(found) == 1 else _most_cautious(found)
+
+    def _default(self, task: TaskClass, bucket: LengthBucket) -> Budget:
+        if task is TaskClass.DENSE or self.default == "dense":
+            return DENSE
+        density = prior_density(task, bucket.low)
+        return DENSE if density >= 1 else Budget("pooled_topk", {"density": density})
+
+
+@functools.lru_cache(maxsize=512)
+def _covering(policy: Policy, task: TaskClass, bucket: LengthBucket) -> tuple[Rule, ...]:
+    """The rules that hold in a bucket, in some layer and head; cached, since every head of every layer asks."""
+    if task is TaskClass.DENSE:
+        return ()
+    rules = [rule for rule in policy.rules if rule.task in (None, task)]
+    for rule in rules:
+        for edge in (rule.above, rule.up_to):
+            if edge is not None and edge > bucket.low and (bucket.high is None or edge < bucket.high):
+                raise PolicyError(f"Bucket {bucket} is cut by a rule at {edge} tokens; use the policy's buckets.")
+    return tuple(rule for rule in rules if bucket.low >= rule.above and (rule.up_to is None or bucket.low < rule.up_to))
+
+
+@functools.lru_cache(maxsize=4096)
+def _site_budget(policy: Policy, task: TaskClass, bucket: LengthBucket, layer: int | None, heads: int) -> Budget:
+    return merge_heads(policy.budgets_for_heads(task, bucket, layer, heads))
+
+
+def _last(rules: Sequence[Rule], layer: int, head: int) -> Budget | None:
+    return next((rule.budget for rule in reversed(rules) if rule.holds_at(layer, head)), None)
+
+
+def _places(given: int | None, ranges: Iterable[Ranges | None]) -> list[int]:
+    """One number from each stretch that the rules treat alike: enough to see everything an unknown number may get."""
+    if given is not None:
+        return [given]
+    return sorted({0}.union(*(set(one.edges()) for one in ranges if one is not None)))
+
+
+def _most_cautious(budgets: Iterable[Budget]) -> Budget:
+    """The one that computes most; dense where methods or blocks differ, since shares of different kinds do not rank."""
+    methods = [make_method(budget).uniform() for budget in budgets]
+    if len({(type(method), getattr(method, "block", None)) for method in methods}) > 1:
+        return DENSE
+    return to_budget(max(methods, key=lambda method: (method.max_density, encode_budget(to_budget(method)))))
+
+
+def builtin_policy() -> Policy:
+    """The prior: no rules, only the built-in densities. It holds until a calibrated policy replaces it."""
+    return Policy(name="prior", default="prior")
+
+
+@functools.lru_cache(maxsize=64)
+def _load_stamped(path: str, modified_ns: int, size: int) -> Policy:
+    return Policy.load(path)
+
+
+def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Policy:
+    """The policy that an option names: a ``Policy``, the path of a file, or ``"prior"``.
+
+    ``None``: the file that the environment variable ``SPARSEPASS_POLICY`` names, else the prior. Files are read again
+    only when they changed. Raises ``PolicyError``.
+    """
+    if isinstance(given, Policy):
+        return given
+    if given is None:
+        given = os.environ.get(POLICY_ENV) or "prior"
+    if not isinstance(given, str | os.PathLike):
+        raise PolicyError(f"A policy is {given!r}; accepted are a Policy, the path of a policy file, 'prior' or None.")
+    path = os.fspath(given)
+    if path == "prior":
+        return builtin_policy()
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise PolicyError(
+            f"The policy file {path!r} cannot be read ({error.strerror}); give the path of one, or 'prior'."
+        ) from error
+    return _load_stamped(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)

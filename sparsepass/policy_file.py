@@ -1,0 +1,141 @@
+"""Reading policy files: JSON, checked against ``policy.schema.json``; errors name the place and the repair."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sparsepass.errors import PolicyError, close_names
+from sparsepass.methods import budget_from_json
+from sparsepass.policy import VERSION, Policy
+from sparsepass.policy_rules import Ranges, Rule
+from sparsepass.types import TaskClass
+
+
+def load(path: Path) -> Policy:
+    """The policy in a file. Raises ``PolicyError``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"The policy file {str(path)!r} cannot be read: {error}.") from error
+    try:
+        data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise PolicyError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{path}: {error}") from error
+    return from_json(data, str(path))
+
+
+def from_json(data: Any, where: str) -> Policy:
+    """The policy that a file's content describes; ``where`` begins each error's text. Raises ``PolicyError``."""
+    version = data.get("version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        # Before the schema: a later format would fail it in ways that hide the reason.
+        raise PolicyError(
+            f"{where}: at /version: the file has format version {version}, and this sparsepass reads up to {VERSION}; "
+            "upgrade sparsepass."
+        )
+    _validate(data, where)
+    policy = Policy(
+        name=data.get("name", "unnamed"),
+        rules=tuple(_rule(rule, where, f"/rules/{index}") for index, rule in enumerate(data["rules"])),
+        default=data.get("default", "dense"),
+        description=data.get("description", ""),
+    )
+    if data.get("fingerprint", policy.fingerprint) != policy.fingerprint:
+        raise PolicyError(
+            f"{where}: at /fingerprint: it is {data['fingerprint']}, and the content's is {policy.fingerprint}: the "
+            "file was edited since it was sealed. Undo the edit, or remove the field to accept it."
+        )
+    return policy
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) that policy files follow."""
+    text = resources.files("sparsepass").joinpath("policy.schema.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def _validate(data: Any, where: str) -> None:
+    try:
+        import jsonschema  # here alone: everything but reading files works without it
+    except ImportError as error:
+        raise PolicyError(f"{where}: reading a policy file needs jsonschema; pip install jsonschema.") from error
+    found = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema()).iter_errors(data))
+    if found is not None:
+        raise PolicyError(f"{where}: at {_pointer(found.absolute_path)}: {_explain(found)}")
+
+
+def _explain(error: Any) -> str:
+    """What was given and what is accepted, from jsonschema's ``ValidationError``."""
+    given, accepted = error.instance, error.validator_value
+    described = str(error.schema.get("description", ""))
+    hint = f" {described}" if described else ""
+    match error.validator:
+        case "additionalProperties":
+            known = error.schema["properties"]
+            unknown = sorted(set(given) - set(known))[0]
+            return f"unknown field {unknown!r}. {close_names(unknown, known)}"
+        case "required":
+            missing = [name for name in accepted if name not in given]
+            return f"{', '.join(map(repr, missing))} is missing; given: {', '.join(map(repr, given)) or 'nothing'}."
+        case "enum":
+            return f"{given!r} is not accepted. {close_names(str(given), accepted)}{hint}"
+        case "type":
+            return f"{given!r} is of type {_type_name(given)}; accepted: {accepted}.{hint}"
+        case "pattern":
+            return f"{given!r} is not accepted.{hint or f' It follows the pattern {accepted}.'}"
+        case _:
+            return f"{error.message}; {error.validator} is {accepted!r}.{hint}"
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _pointer(parts: Iterable[str | int]) -> str:
+    """JSON pointer (RFC 6901); ``/`` is written for the whole document, whose own pointer is the empty text."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts) or "/"
+
+
+def _rule(data: dict[str, Any], where: str, pointer: str) -> Rule:
+    lengths = data.get("lengths", {})
+    part = ""
+    try:
+        ranges = {}
+        for part in ("/layers", "/heads"):
+            if part[1:] in data:
+                ranges[part[1:]] = Ranges.parse(data[part[1:]])
+        part = "/budget"
+        budget = budget_from_json(data["budget"])
+        part = ""
+        return Rule(
+            task=None if data["task"] == "*" else TaskClass(data["task"]),
+            budget=budget,
+            above=int(lengths.get("above", 0)),  # JSON Schema's integers include 1024.0
+            up_to=int(lengths["up_to"]) if "up_to" in lengths else None,
+            **ranges,
+        )
+    except PolicyError as error:
+        raise PolicyError(f"{where}: at {pointer}{part}: {error}") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"the field {key!r} is given twice in one object; keep one.")
+        seen[key] = value
+    return seen
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number; accepted are finite numbers.")

@@ -1,0 +1,154 @@
+"""Replace planned sites in a graph. The only module that mutates one, and only a clone of what Dynamo captured.
+
+Nothing is erased but the replaced node: what it needed alone is dead code, which AOTAutograd drops. Dead code is never
+eliminated here, because a Dynamo graph holds writes (``index_copy_`` into a cache) that no node reads.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from sparsepass.canon import value
+from sparsepass.mask import MaskTerms
+from sparsepass.match import Attention, same_size, shape
+from sparsepass.ops import SPARSE_ATTENTION, default_scale
+from sparsepass.plan import budget_text
+from sparsepass.sites import FoundSite
+from sparsepass.types import Align, PlanEntry
+
+
+@dataclass
+class Rewriter:
+    """Applies a plan to one graph; ``slot`` numbers the counters of its sites."""
+
+    graph: fx.Graph
+    nodes: dict[fx.Node, fx.Node]
+    """From the nodes that the findings speak of to the nodes of this graph."""
+    slot: int
+    replaced: dict[str, fx.Node] = field(default_factory=dict)
+    """New node by the site's name."""
+    _segments: dict[tuple[object, ...], tuple[fx.Node | None, fx.Node]] = field(default_factory=dict)
+
+    def apply(self, sites: Sequence[FoundSite], entries: Sequence[PlanEntry]) -> None:
+        for found, entry in zip(sites, entries, strict=True):
+            if not entry.rewritten:
+                continue
+            old = self.nodes[found.attention.output]
+            with self.graph.inserting_before(old):
+                new = self._dense(found) if entry.budget.dense else self._sparse(found, entry)
+            new.meta = {**old.meta, "example_value": value(new)}
+            old.replace_all_uses_with(new)
+            self.graph.erase_node(old)
+            self.nodes[found.attention.output] = new  # a later site may read it
+            self.replaced[found.site.name] = new
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a call (of a function, or of a method where ``target`` is a name) and record what it yields."""
+        values = fx.node.map_arg((args, kwargs), value)
+        if isinstance(target, str):
+            node = self.graph.call_method(target, args, kwargs)
+            node.meta["example_value"] = getattr(values[0][0], target)(*values[0][1:], **values[1])
+        else:
+            node = self.graph.call_function(target, args, kwargs)
+            node.meta["example_value"] = target(*values[0], **values[1])
+        return node
+
+    def _operands(self, attention: Attention) -> list[fx.Node]:
+        """Query, key and value in the type of the output: under autocast they can differ, and SDPA promotes."""
+        dtype = value(attention.output).dtype
+        given = (attention.query, attention.key, attention.value)
+        return [
+            self.nodes[node] if value(node).dtype == dtype else self._call("to", self.nodes[node], dtype)
+            for node in given
+        ]
+
+    def _scale(self, attention: Attention) -> Any:
+        if attention.scale is None:
+            return default_scale(int(shape(attention.query)[3]))
+        return self.nodes[attention.scale] if isinstance(attention.scale, fx.Node) else float(attention.scale)
+
+    def _dense(self, found: FoundSite) -> fx.Node:
+        """SDPA without the mask tensor: the dense kernel at dense speed."""
+        terms = found.terms
+        assert isinstance(terms, MaskTerms)  # the plan rewrites no other
+        arguments = {
+            "attn_mask": None,
+            "dropout_p": 0.0,
+            "is_causal": terms.band.causal,
+            "scale": self._scale(found.attention),
+            "enable_gqa": found.site.gqa_group > 1,
+        }
+        return self._call(F.scaled_dot_product_attention, *self._operands(found.attention), **arguments)
+
+    def _sparse(self, found: FoundSite, entry: PlanEntry) -> fx.Node:
+        terms = found.terms
+        assert isinstance(terms, MaskTerms)  # the plan rewrites no other
+        q_segments, kv_segments = self._segment_nodes(found, terms)
+        band = terms.band
+        arguments = (
+            *self._operands(found.attention),
+            q_segments,
+            kv_segments,
+            self._scale(found.attention),
+            band.left,
+            band.right,
+            band.align is Align.BOTTOM_RIGHT,
+            budget_text(entry.budget),
+            self.slot + found.site.index,
+        )
+        return self._call(SPARSE_ATTENTION, *arguments)
+
+    def _segment_nodes(self, found: FoundSite, terms: MaskTerms) -> tuple[fx.Node | None, fx.Node | None]:
+        """Padding and packing as segment numbers, int32 [B, S]: padded keys are -1, which no query is.
+
+        Built once for all layers that share the mask, at the first of them.
+        """
+        if not terms.padding and terms.segments is None:
+            return None, None
+        batch = shape(found.attention.query)[0]
+        key = (terms.padding, terms.segments, found.site.index if isinstance(batch, torch.SymInt) else batch)
+        if key not in self._segments:
+            size = self._size(found.attention.query, 0)
+            self._segments[key] = self._build_segments(
+                terms, size, (found.attention.key, shape(found.attention.key)[2])
+            )
+        return self._segments[key]
+
+    def _build_segments(
+        self, terms: MaskTerms, batch: Any, kv_len: tuple[fx.Node, Any]
+    ) -> tuple[fx.Node | None, fx.Node]:
+        numbers = None
+        if terms.segments is not None:
+            numbers = self._call("expand", self._call("to", self.nodes[terms.segments], torch.int32), batch, -1)
+        visible = None
+        for node in terms.padding:
+            rows = self._call("to", self._rows(node, kv_len), torch.bool)
+            visible = rows if visible is None else self._call(torch.logical_and, visible, rows)
+        if visible is None:
+            assert numbers is not None  # one of the two is there
+            return numbers, numbers
+        if numbers is not None:
+            return numbers, self._call(torch.where, visible, numbers, -1)
+        ids = self._call(torch.sub, self._call("to", visible, torch.int32), 1)
+        return None, self._call("expand", ids, batch, -1)
+
+    def _rows(self, node: fx.Node, kv_len: tuple[fx.Node, Any]) -> fx.Node:
+        """A padding node as [B or 1, Skv]: it may have dimensions of size 1 besides, and be longer than the keys."""
+        sizes = shape(node)
+        width = self._size(node, len(sizes) - 1)
+        rows = self._call("reshape", self.nodes[node], (-1, width)) if len(sizes) != 2 else self.nodes[node]
+        key, keys = kv_len
+        if same_size(sizes[-1], keys):
+            return rows
+        return self._call(operator.getitem, rows, (slice(None), slice(None, self._size(key, 2))))
+
+    def _size(self, node: fx.Node, axis: int) -> Any:
+        size = shape(node)[axis]
+        return size if isinstance(size, int) else self._call("size", self.nodes[node], axis)

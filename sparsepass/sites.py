@@ -1,0 +1,177 @@
+"""Find every attention site of a captured graph: what matched, what its mask is, and what nearly matched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparsepass.canon import CanonicalGraph, value
+from sparsepass.hints import NODE_KEY
+from sparsepass.mask import MaskTerms, recognize_mask
+from sparsepass.match import Attention, NearMiss, Pattern, shape
+from sparsepass.patterns.catalogue import CATALOGUE
+from sparsepass.types import CAUSAL, FULL, AttentionSite, MaskSummary, Phase, Skip
+
+
+@dataclass(frozen=True)
+class FoundSite:
+    """A site with the graph nodes behind it. ``terms`` says what the mask is, or why it was not recognized."""
+
+    site: AttentionSite
+    attention: Attention
+    terms: MaskTerms | Skip
+    layer: int
+    hint: str | None
+
+    @property
+    def query_shape(self) -> tuple[int | torch.SymInt, ...]:
+        return shape(self.attention.query)
+
+    @property
+    def key_shape(self) -> tuple[int | torch.SymInt, ...]:
+        return shape(self.attention.key)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was found in one graph. ``refused`` holds anchors that no pattern matched, with the nearest miss."""
+
+    sites: tuple[FoundSite, ...]
+    refused: tuple[Skip, ...]
+    view: CanonicalGraph
+
+    @property
+    def prefill(self) -> tuple[FoundSite, ...]:
+        return tuple(found for found in self.sites if found.site.phase is Phase.PREFILL)
+
+
+def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] = CATALOGUE) -> Findings:
+    """Match every anchor of ``graph`` against the catalogue. Linear in the graph; nothing is mutated or guarded."""
+    view = CanonicalGraph(graph)
+    masks: dict[tuple[object, ...], MaskTerms | Skip] = {}
+    sites: list[FoundSite] = []
+    refused: list[Skip] = []
+    for node in graph.nodes:
+        candidates = [pattern for pattern in catalogue if pattern.anchor == view.ops[node].name]
+        if not candidates:
+            continue
+        outcome = _first_match(candidates, view, node)
+        if isinstance(outcome, Attention) and (write := view.write_inside(outcome.region)) is not None:
+            outcome = Skip(f"{write.name!r} writes to memory in the middle of this attention", (write.name,))
+        if isinstance(outcome, Attention):
+            sites.append(_describe(len(sites), outcome, masks))
+        elif _looks_like_attention(view, node):
+            refused.append(Skip(str(outcome.reason), (node.name, *outcome.nodes)))
+    return Findings(tuple(sites), tuple(refused), view)
+
+
+def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
+    """Attention inside the sub-graphs of higher-order operations (checkpointing, say): found, not rewritten."""
+    skips = []
+    for name, child in gm.named_modules():
+        if isinstance(child, fx.GraphModule) and child is not gm:
+            for found in find_sites(child.graph).sites:
+                reason = f"inside the higher-order operation {name!r} (checkpointing, for instance), left as it is"
+                skips.append(Skip(reason, (f"{name}.{found.site.name}",)))
+    return tuple(skips)
+
+
+def _first_match(candidates: list[Pattern], view: CanonicalGraph, node: fx.Node) -> Attention | Skip | NearMiss:
+    nearest: Skip | NearMiss | None = None
+    for pattern in candidates:
+        outcome = pattern.find(view, node)
+        if isinstance(outcome, Attention):
+            return outcome
+        further = isinstance(outcome, NearMiss) and isinstance(nearest, NearMiss) and outcome.matched > nearest.matched
+        if nearest is None or isinstance(outcome, Skip) or further:
+            nearest = outcome
+    assert nearest is not None  # candidates is not empty
+    return nearest
+
+
+def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
+    """Softmax over logits (a sampler, a router) is no attention: scores are a product of two activations.
+
+    Follows the softmax's input a few steps up to a product of tensors of three dimensions or more.
+    """
+    if view.ops[node].name != "softmax":
+        return True
+    reached = [node]
+    for _ in range(6):
+        reached = [
+            source
+            for current in reached
+            for operand in view.ops[current].operands
+            if isinstance(source := view.resolve(operand), fx.Node)
+        ]
+        if any(view.ops[n].name == "matmul" and all(len(shape(o)) >= 3 for o in view.ops[n].operands) for n in reached):
+            return True
+    return False
+
+
+def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip]) -> FoundSite:
+    query, key, values = shape(attention.query), shape(attention.key), shape(attention.value)
+    q_len, kv_len = query[2], key[2]
+    terms = _mask_terms(attention, q_len, kv_len, masks)
+    held = value(attention.output)
+    summary: MaskSummary | None = None
+    if isinstance(terms, MaskTerms):
+        summary = terms.summary
+    decode = isinstance(q_len, int) and q_len == 1
+    module = _module_path(attention.output)
+    site = AttentionSite(
+        index=index,
+        name=attention.output.name,
+        spelling=attention.spelling,
+        phase=Phase.DECODE if decode else Phase.PREFILL,
+        q_len=_size(q_len),
+        kv_len=_size(kv_len),
+        heads=int(query[1]),
+        kv_heads=int(key[1]),
+        head_dim=int(query[3]),
+        v_head_dim=int(values[3]),
+        dtype=str(held.dtype).removeprefix("torch."),
+        device=str(held.device),
+        mask=summary,
+        module=module,
+    )
+    custom = attention.output.meta.get("custom") or {}
+    return FoundSite(site, attention, terms, _layer(module, index), custom.get(NODE_KEY))
+
+
+def _mask_terms(
+    attention: Attention,
+    q_len: int | torch.SymInt,
+    kv_len: int | torch.SymInt,
+    masks: dict[tuple[object, ...], MaskTerms | Skip],
+) -> MaskTerms | Skip:
+    if attention.mask is None:
+        return MaskTerms(CAUSAL if attention.is_causal else FULL)
+    if attention.is_causal:
+        return Skip("this attention has both a mask and is_causal=True", (attention.output.name,))
+    if not isinstance(attention.mask, fx.Node):
+        return Skip("the mask of this attention is a constant", (attention.output.name,))
+    key = (attention.mask, str(q_len), str(kv_len))  # one mask serves every layer: recognized once
+    if key not in masks:
+        masks[key] = recognize_mask(attention.mask, q_len=q_len, kv_len=kv_len)
+    return masks[key]
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    path = re.sub(r"L\['(\w+)'\]\.?|_modules\[['\"](\w+)['\"]\]", lambda m: m.group(2) or "", str(path))
+    return re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("..", ".").strip(".")
+
+
+def _layer(module: str, index: int) -> int:
+    """Layer number from the module's path (``model.layers.7.self_attn``), else the site's place in the graph."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(numbers[0]) if numbers else index

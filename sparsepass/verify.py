@@ -1,0 +1,41 @@
+"""Invariants of a rewritten graph, checked before it is handed on. A failure is a bug here, so it stops the compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from sparsepass.canon import mutates, value
+from sparsepass.errors import GraphInvariantError
+from sparsepass.ops import SPARSE_ATTENTION
+
+
+def verify(before: fx.Graph, after: fx.Graph, replaced: dict[str, fx.Node], expected: dict[str, torch.Tensor]) -> None:
+    """Raise ``GraphInvariantError`` unless inputs, writes and the replaced values' types are what they were.
+
+    ``expected``: the fake tensor that each replaced node yielded, by the site's name.
+    """
+    try:
+        after.lint()
+    except Exception as error:
+        raise GraphInvariantError(f"the rewritten graph is not well formed: {error}") from error
+    _same("inputs", [n.name for n in before.nodes if n.op == "placeholder"], _names(after, "placeholder"))
+    _same("writes", [n.name for n in before.nodes if mutates(n)], [n.name for n in after.nodes if mutates(n)])
+    for name, node in replaced.items():
+        held, new = expected[name], value(node)
+        if not isinstance(new, torch.Tensor) or tuple(new.shape) != tuple(held.shape) or new.dtype != held.dtype:
+            raise GraphInvariantError(
+                f"site {name!r} yielded {tuple(held.shape)} {held.dtype}, its replacement yields "
+                f"{tuple(new.shape) if isinstance(new, torch.Tensor) else new!r}"
+            )
+        if node.target is SPARSE_ATTENTION and node.args[0] is node:
+            raise GraphInvariantError(f"site {name!r} was replaced by a node that reads itself")
+
+
+def _names(graph: fx.Graph, op: str) -> list[str]:
+    return [node.name for node in graph.nodes if node.op == op]
+
+
+def _same(what: str, before: list[str], after: list[str]) -> None:
+    if before != after:
+        raise GraphInvariantError(f"the rewrite changed the graph's {what}: {before} became {after}")

@@ -1,0 +1,194 @@
+"""Compiles ahead: one run per length and hint, so that no request waits for a compilation."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsepass.errors import SparsepassError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from sparsepass.hints import Hint
+
+log = logging.getLogger("sparsepass")
+
+
+class WarmupError(SparsepassError, RuntimeError):
+    """A model that cannot be warmed up; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class WarmupResult:
+    """One run of the model."""
+
+    length: int
+    """Tokens."""
+    hint: Hint
+    """As given; ``None`` is a request without a hint."""
+    seconds: float
+    """Wall time of the run, compilation included."""
+    graphs: int
+    """Graphs that sparsepass compiled during the run; 0 when an earlier one already serves it."""
+
+
+def warmup(
+    model: Callable[..., object],
+    lengths: Iterable[int],
+    hints: Iterable[Hint] | str | None = None,
+    *,
+    batch: int = 1,
+    make_inputs: Callable[[int], Mapping[str, Any]] | None = None,
+    dynamic: bool = True,
+    progress: bool = True,
+) -> list[WarmupResult]:
+    """Runs a compiled model once per hint and length under ``torch.no_grad()``, so that its graphs are compiled.
+
+    Give one length per bucket that requests fall into. The longest goes first: it reserves the accelerator's memory
+    in one piece, and if it does not fit, that shows at once. Hints are the outer loop, since Dynamo remembers which
+    sizes vary: only the first run could otherwise be compiled for its exact length.
+
+    Args:
+        model: compiled with sparsepass: ``model.compile(backend="sparsepass")`` or the like.
+        lengths: in tokens.
+        hints: task hints; ``None`` among them, or alone, is a request without a hint (the default).
+        batch: rows of the default inputs. Dynamo specializes on 1: warm up a batched service with its batch size.
+        make_inputs: keyword arguments of the model for a length. By default, for transformers models: random
+            ``input_ids`` int64 [batch, length] on the model's device, ``use_cache=False``, ``logits_to_keep=1``.
+        dynamic: mark the dimensions of the inputs that equal the length as varying, so that each graph serves its
+            whole bucket. ``False`` leaves it to Dynamo, which compiles the first length for that exact length alone.
+        progress: show a progress bar (only on a terminal).
+
+    Returns:
+        One result per run, in the order of the runs.
+
+    Raises:
+        WarmupError: no or bad lengths, default inputs asked of something that is no transformers model, or sparsepass
+            compiled nothing at all.
+        HintError: an unknown hint.
+    """
+    import torch
+
+    from sparsepass import dynamo
+    from sparsepass import hints as task_hints
+
+    ordered = _lengths(lengths)
+    wanted = _hints(hints)
+    for hint in wanted:
+        task_hints.resolve_hint(hint)  # a misspelled one must not show only after minutes of compiling
+    make = make_inputs if make_inputs is not None else _default_inputs(model, batch)
+    results: list[WarmupResult] = []
+    with _bar(progress) as bar, torch.no_grad():
+        task_id = bar.add_task("warming up", total=len(ordered) * len(wanted))
+        for hint in wanted:
+            for length in ordered:
+                bar.update(task_id, description=f"{hint or 'no hint'}, {length} tokens")
+                inputs = make(length)
+                if dynamic:
+                    _mark_lengths(inputs, length)
+                before, start = dynamo.compile_count(), time.perf_counter()
+                with task_hints.task(hint):
+                    model(**inputs)
+                    _synchronize()
+                seconds = time.perf_counter() - start
+                results.append(WarmupResult(length, hint, seconds, dynamo.compile_count() - before))
+                log.info(
+                    "warmup: %s, %d tokens: %.1f s, %d graphs", hint or "no hint", length, seconds, results[-1].graphs
+                )
+                bar.advance(task_id)
+    _check_compiled(results, dynamo.compile_count())
+    return results
+
+
+def _check_compiled(results: Sequence[WarmupResult], total: int) -> None:
+    if total == 0:
+        raise WarmupError(
+            "warmup ran the model, but sparsepass compiled nothing: this model is not compiled with it. "
+            'Call model.compile(backend="sparsepass") first (or pass what torch.compile(model, backend="sparsepass") '
+            "returned, not the original model), and see that sparsepass is not turned off by its environment variable."
+        )
+    if not any(result.graphs for result in results):
+        # Another model in this process may have been compiled instead; from here the two cannot be told apart.
+        log.warning("warmup compiled no new graph: the model was warm already, or it is not the compiled one")
+
+
+def _lengths(lengths: Iterable[int]) -> list[int]:
+    given = [lengths] if isinstance(lengths, int) else list(lengths)
+    if not given:
+        raise WarmupError("lengths is empty; give at least one length in tokens, such as [4096, 32768].")
+    for length in given:
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise WarmupError(f"lengths holds {length!r}; each must be a positive int, a number of tokens.")
+    return sorted(set(given), reverse=True)
+
+
+def _hints(hints: Iterable[Hint] | str | None) -> list[Hint]:
+    if hints is None or isinstance(hints, str):
+        return [hints]
+    listed = list(dict.fromkeys(hints))
+    return listed or [None]
+
+
+def _default_inputs(model: Any, batch: int) -> Callable[[int], dict[str, Any]]:
+    if not hasattr(model, "config") or not hasattr(model, "parameters"):
+        raise WarmupError(
+            f"{type(model).__name__} is no transformers model (it has no config), so warmup cannot make its inputs. "
+            "Pass make_inputs=lambda length: {...}, the keyword arguments for one call at that length."
+        )
+    from sparsepass.models import random_inputs
+
+    keeps_last = _accepts(model, "logits_to_keep")
+
+    def make(length: int) -> dict[str, Any]:
+        inputs = random_inputs(model, length=length, batch=batch)
+        # Logits of every position would take length x vocabulary, more than the attention at long lengths.
+        return inputs | {"logits_to_keep": 1} if keeps_last else inputs
+
+    return make
+
+
+def _accepts(model: Any, name: str) -> bool:
+    """Whether ``forward`` names the argument; a compiled wrapper keeps the original's signature or refers to it."""
+    for candidate in (getattr(model, "_orig_mod", model), model):
+        try:
+            if name in inspect.signature(candidate.forward).parameters:
+                return True
+        except (AttributeError, TypeError, ValueError):
+            continue
+    return False
+
+
+def _mark_lengths(inputs: Mapping[str, Any], length: int) -> None:
+    import torch
+
+    # Documented, in spite of where it lives; unlike mark_dynamic it never raises if the model fixes the size after all.
+    from torch._dynamo import maybe_mark_dynamic
+
+    for value in inputs.values():
+        if isinstance(value, torch.Tensor) and length > 1:
+            # The first dimension is the batch, which may equal the length by chance.
+            for dim in range(1 if value.dim() > 1 else 0, value.dim()):
+                if value.shape[dim] == length:
+                    maybe_mark_dynamic(value, dim)
+
+
+def _synchronize() -> None:
+    """Waits for the accelerator, so that its errors and its time belong to the run that caused them."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _bar(show: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not show or not console.is_terminal, transient=True)

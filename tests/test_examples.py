@@ -1,0 +1,90 @@
+"""Every example runs, at small sizes and without Inductor's C++ compiler; the demo and one example with it too."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import fx
+
+from sparsepass import dynamo
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "decorator": ["--length", "300"],
+    "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
+    "own_policy": ["--length", "1100", "--always-sparse"],
+    "quickstart": ["--length", "1100", "--always-sparse", "--new-tokens", "2"],
+    "serving_hints": ["--length", "1100", "--always-sparse"],
+}
+EXPECTED = {
+    "decorator": ["function, by its own task:", "class:"],
+    "demo": ["Dense Inductor against sparsepass", "1100", "Dense at 200 tokens, single_qa"],
+    "own_policy": ["at /rules/0/budget", "Did you mean 'density'", "1x pooled_topk(density=0.14)"],
+    "quickstart": ["2 sparse (density", "2x pooled_topk(density=0.4)", "2 new tokens"],
+    "serving_hints": ["threads: 6 requests", "asyncio: 6 requests", "that of its own hint: True"],
+}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_graph(gm: fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any] | None) -> Any:
+    return gm.forward
+
+
+def test_every_example_is_listed() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(SMALL) == set(EXPECTED)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(dynamo, "inductor", run_graph)
+    example = load(name)
+    if name == "demo":
+        monkeypatch.setattr(example, "DENSE_BACKEND", "eager")
+    example.main(SMALL[name])
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in EXPECTED[name]:
+        assert text in printed
+    if name == "serving_hints":
+        counts = re.findall(r"(\d+) blocks computed, (\d+) expected", printed)
+        assert len(counts) == 2
+        assert all(computed == expected != "0" for computed, expected in counts)
+        assert "own hint: False" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_demo_with_inductor(capsys: pytest.CaptureFixture[str]) -> None:
+    load("demo").main(["--lengths", "600", "--hints", "single_qa", "--layers", "1", "--repeats", "1"])
+    printed = capsys.readouterr().out
+    assert "speedup" in printed
+    assert "dense, mask" in printed
+
+
+def test_demo_refuses_more_text_than_there_is() -> None:
+    with pytest.raises(SystemExit, match="give a smaller length"):
+        load("demo").text_tokens(10_000_000)
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load(name).main(["--help"])
+    assert stopped.value.code == 0
+    assert "--length" in capsys.readouterr().out

@@ -1,0 +1,141 @@
+"""Methods: parameters and their ranges, the text form of a budget, budgets that differ by head."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsepass.errors import PolicyError
+from sparsepass.methods import (
+    METHODS,
+    Dense,
+    Method,
+    PooledTopK,
+    budget_from_json,
+    budget_to_json,
+    decode_budget,
+    encode_budget,
+    make_method,
+    merge_heads,
+    method_names,
+    to_budget,
+)
+from sparsepass.types import DENSE, Budget
+
+DENSITIES = st.floats(0, 1, exclude_min=True)
+POOLED = st.one_of(
+    st.builds(PooledTopK, DENSITIES, st.sampled_from([None, 64, 128])),
+    st.lists(DENSITIES, min_size=1, max_size=5).map(lambda heads: PooledTopK(max(heads), None, tuple(heads))),
+)
+SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {Dense: st.just(Dense()), PooledTopK: POOLED}
+"""A new method adds its own line: the matrix below then covers it."""
+
+
+def test_every_method_has_a_sample_and_a_name() -> None:
+    assert set(SAMPLES) == set(METHODS)
+    assert method_names() == ("dense", "pooled_topk")
+
+
+@pytest.mark.parametrize("method_type", METHODS)
+def test_round_trips(method_type: type[Method]) -> None:
+    @settings(deadline=None)
+    @given(SAMPLES[method_type])
+    def check(method: Method) -> None:
+        budget = to_budget(method)
+        text = encode_budget(budget)
+        assert make_method(budget) == method
+        assert decode_budget(text) == budget
+        assert encode_budget(decode_budget(text)) == text
+        assert "\n" not in text
+        assert budget_from_json(budget_to_json(budget)) == budget
+        assert 0 < method.mean_density <= method.max_density * (1 + 1e-12) <= 1 + 1e-12
+        assert method.uniform().max_density == method.max_density
+        assert hash(method) == hash(make_method(budget))
+
+    check()
+
+
+def test_text_form() -> None:
+    assert encode_budget(DENSE) == "dense"
+    assert decode_budget("dense()") == DENSE
+    assert encode_budget(Budget("pooled_topk", {"block": None, "density": 1})) == "pooled_topk(density=1.0)"
+    heads = Budget("pooled_topk", {"density": 0.2, "head_densities": [0.1, 0.2]})
+    assert encode_budget(heads) == "pooled_topk(density=0.2, head_densities=(0.1, 0.2))"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, "needs 'density'"),
+        ({"density": 0}, "density is 0; accepted is a number above 0 and at most 1"),
+        ({"density": 1.01}, "density is 1.01"),
+        ({"density": float("nan")}, "density is nan"),
+        ({"density": True}, "density is True"),
+        ({"density": "0.1"}, "density is '0.1'"),
+        ({"density": 0.1, "block": 32}, "block is 32; accepted are 64, 128"),
+        ({"density": 0.1, "block": True}, "block is True"),
+        ({"density": 0.1, "blok": 64}, "'blok'.*Did you mean 'block'"),
+        ({"density": 0.1, "head_densities": []}, "head_densities is"),
+        ({"density": 0.1, "head_densities": "0.1"}, "head_densities is"),
+        ({"density": 0.1, "head_densities": (0.1, 2)}, r"head_densities\[1\] is 2"),
+        ({"density": 0.1, "head_densities": (0.1, 0.2)}, "largest of head_densities is 0.2"),
+    ],
+)
+def test_bad_parameters(params: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make_method(Budget("pooled_topk", params))
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(PolicyError, match=r"'pooled_topk'.*Known: 'dense', 'pooled_topk'"):
+        make_method(Budget("pooled_top_k"))
+    with pytest.raises(PolicyError, match="takes no parameters"):
+        make_method(Budget("dense", {"density": 1}))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "pooled_topk(", "pooled_topk(0.1)", "pooled_topk(density=x)", "a.b(c=1)", "1", "\0", "(" * 300]
+)
+def test_undecodable_text(text: str) -> None:
+    with pytest.raises(PolicyError, match="cannot be read"):
+        decode_budget(text)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30))
+def test_any_text_decodes_or_is_refused(text: str) -> None:
+    try:
+        budget = decode_budget(text)
+    except PolicyError:
+        return
+    assert decode_budget(encode_budget(budget)) == budget
+
+
+def test_heads_merge_and_split() -> None:
+    sparse, denser = Budget("pooled_topk", {"density": 0.1}), Budget("pooled_topk", {"density": 0.4})
+    assert merge_heads([sparse, sparse]) == sparse
+    assert merge_heads([DENSE, DENSE]) == DENSE
+    merged = merge_heads([sparse, DENSE, denser])
+    assert merged == Budget("pooled_topk", {"density": 1.0, "head_densities": (0.1, 1.0, 0.4)})
+    method = make_method(merged)
+    assert [to_budget(method.for_head(head)) for head in (0, 2)] == [sparse, denser]
+    assert method.mean_density == pytest.approx(0.5)
+    with pytest.raises(PolicyError, match="for 3 heads is used for head 3"):
+        method.for_head(3)
+    with pytest.raises(PolicyError, match=r"cannot run together: .*block=64"):
+        merge_heads([sparse, Budget("pooled_topk", {"density": 0.1, "block": 64})])
+    with pytest.raises(PolicyError, match="at least one head"):
+        merge_heads([])
+
+
+def test_text_is_the_same_in_another_process() -> None:
+    code = (
+        "from sparsepass.methods import *; from sparsepass.types import Budget;"
+        "print(encode_budget(Budget('pooled_topk', {'block': 64, 'density': 1 / 3})))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == encode_budget(Budget("pooled_topk", {"density": 1 / 3, "block": 64}))
