@@ -188,8 +188,12 @@ def _points(data: Any) -> Points:
 
 
 def plain_dtype(dtype: Any) -> str:
-    """``bfloat16`` for ``torch.bfloat16`` and for its text."""
-    return str(dtype).removeprefix("torch.")
+    """``bfloat16`` for ``torch.bfloat16``, for its text and for ``bf16``."""
+    name = str(dtype).removeprefix("torch.")
+    return _SHORT_DTYPES.get(name, name)
+
+
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _guess_type(device: str) -> str:
