@@ -39,7 +39,7 @@ CUDA = KernelSpec(
     head_dims=(16, 256),
     tuned_head_dims=(64, 80, 96, 128, 256),
     capabilities=((8, 0), (9, 0), (10, 0)),
-    max_kv_blocks=32768,
+    max_kv_blocks=16384,
 )
 
 
@@ -66,8 +66,8 @@ HALF_TILES = {
     (8, 128): AttendTile(128, 64, 8, 2, 16, 1),
     (8, 256): AttendTile(64, 32, 8, 2, 16, 1),
     (9, 64): AttendTile(128, 128, 8, 3, 64, 2),
-    (9, 128): AttendTile(128, 128, 8, 3, 64, 2),
-    (9, 256): AttendTile(128, 64, 8, 2, 16, 1),
+    (9, 128): AttendTile(128, 128, 8, 3, 64, 1),
+    (9, 256): AttendTile(128, 64, 8, 2, 16, 2),
     (10, 64): AttendTile(128, 128, 8, 3, 64, 2),
     (10, 128): AttendTile(128, 128, 8, 3, 64, 2),
     (10, 256): AttendTile(64, 64, 8, 2, 32, 1),
