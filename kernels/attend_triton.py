@@ -428,7 +428,7 @@ def attend_launches(
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     launches.append(Launch(_attend, (programs,), arguments, options))
     arguments = {**common, "programs": programs, "STEP": 16, "FLAGS": 64}
-    warps = 8 if v.shape[3] > 128 else 4  # neither count holds every size in registers
+    warps = 4 if 64 < v.shape[3] <= 128 else 8  # neither count keeps every size in registers
     launches.append(
         Launch(add_nonfinite_values, (ceil_div(programs, 64),), arguments, {"num_warps": warps, "num_stages": 1})
     )

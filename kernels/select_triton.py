@@ -511,6 +511,6 @@ def select_launches(
         "HAS_BUDGETS": budgets is not None,
         "COUNT": counter is not None,
     }
-    warps = {8192: 8, 16384: 8}.get(columns, 4)
+    warps = {8192: 8}.get(columns, 4)
     launches.append(Launch(_select, (batch * heads * groups,), arguments, {"num_warps": warps}))
     return launches, kv_num_blocks, kv_indices

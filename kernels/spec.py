@@ -39,7 +39,7 @@ CUDA = KernelSpec(
     head_dims=(16, 256),
     tuned_head_dims=(64, 80, 96, 128, 256),
     capabilities=((8, 0), (9, 0), (10, 0)),
-    max_kv_blocks=16384,
+    max_kv_blocks=8192,
 )
 
 
