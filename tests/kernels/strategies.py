@@ -6,22 +6,16 @@ say how close a result must be, and rewrite lists as masks.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.kernels.reference import block_sparse_attention_reference, listed_blocks, visible_pairs
-
-settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("deep", max_examples=400, deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 LAYOUTS = ("bhsd", "bshd", "packed", "strided_dim", "misaligned", "expanded_batch")
 SEGMENTS = ("none", "left_pad", "right_pad", "packed", "packed_pad", "interleaved", "all_padding")

@@ -21,7 +21,7 @@ from sparsepass.kernels.blocks import blocks_per_row, list_width
 from sparsepass.kernels.reference import block_scores_reference, listed_blocks, select_blocks_reference
 from sparsepass.kernels.select_triton import select_blocks_cuda
 
-DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True}
+DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 72}
 if GPU:
     DRAWN |= {
         "dtypes": (torch.bfloat16, torch.float32),
