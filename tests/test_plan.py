@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,8 +41,15 @@ def test_a_rule_may_end_inside_a_merged_range() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_the_reason_is_that_of_the_length_not_of_the_merged_range() -> None:
+def test_the_reason_is_that_of_the_length_not_of_the_merged_range(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The prior has a budget for single_qa at 1200 tokens: it is the crossover that is dense there."""
+    slower = {"device": "cpu", "dtype": "float32", "head_dim": 64, "density": 0.05, "sparse_ms": 2.0, "dense_ms": 1.0}
+    records = [{**slower, "length": length} for length in (1024, 2048, 4096)]
+    table = tmp_path / "crossover.json"
+    table.write_text(json.dumps({"records": records}))
+    monkeypatch.setenv("SPARSEPASS_CROSSOVER", str(table))
     (graph,) = report(1200, sparsepass.Policy(default="prior")).graphs
     (site,) = graph.sites
     assert graph.bucket.startswith("(0, ")
