@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods import encode_budget, make_method, merge_heads, to_budget
+from sparsepass.methods import make_method, merge_heads
 from sparsepass.policy_rules import Ranges, Rule, rule_to_json
 from sparsepass.types import DENSE, Budget, LengthBucket, TaskClass
 
@@ -176,7 +176,7 @@ class Policy:
                     f"layer of {heads}; give one density per query head, or limit the rule's layers."
                 )
         if head is not None:
-            found = {to_budget(make_method(budget).for_head(head)) for budget in found}
+            found = {make_method(budget).for_head(head).budget() for budget in found}
         return found.pop() if len(found) == 1 else _most_cautious(found)
 
     def _default(self, task: TaskClass, bucket: LengthBucket) -> Budget:
@@ -220,7 +220,7 @@ def _most_cautious(budgets: Iterable[Budget]) -> Budget:
     methods = [make_method(budget).uniform() for budget in budgets]
     if len({(type(method), getattr(method, "block", None)) for method in methods}) > 1:
         return DENSE
-    return to_budget(max(methods, key=lambda method: (method.max_density, encode_budget(to_budget(method)))))
+    return max(methods, key=lambda method: (method.max_density, method.text())).budget()
 
 
 def builtin_policy() -> Policy:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods import budget_to_json, make_method, to_budget
+from sparsepass.methods import budget_to_json, make_method
 from sparsepass.types import Budget, TaskClass
 
 
@@ -89,7 +89,7 @@ class Rule:
         method = make_method(self.budget)
         if self.heads is not None and getattr(method, "head_densities", None) is not None:
             raise PolicyError("A rule for some heads has a budget with head_densities; accepted is one of the two.")
-        object.__setattr__(self, "budget", to_budget(method))
+        object.__setattr__(self, "budget", method.budget())
 
     def holds_at(self, layer: int, head: int) -> bool:
         """Whether this rule is for that layer and that head."""

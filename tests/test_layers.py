@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "cli",
     )
 )
-"""From the bottom up. A package (kernels, patterns) is one entry: its files may import each other."""
+"""From the bottom up. A package (kernels, patterns, methods) is one entry: its files may import each other."""
 
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
@@ -77,7 +77,7 @@ def module_of(path: Path) -> str:
 
 FILES = [
     path
-    for folder in ("sparsepass", "kernels", "patterns")
+    for folder in ("sparsepass", "sparsepass/methods", "kernels", "patterns")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"  # it re-exports the public names, from every layer
 ]

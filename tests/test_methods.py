@@ -22,7 +22,6 @@ from sparsepass.methods import (
     make_method,
     merge_heads,
     method_names,
-    to_budget,
 )
 from sparsepass.types import DENSE, Budget
 
@@ -45,7 +44,7 @@ def test_round_trips(method_type: type[Method]) -> None:
     @settings(deadline=None)
     @given(SAMPLES[method_type])
     def check(method: Method) -> None:
-        budget = to_budget(method)
+        budget = method.budget()
         text = encode_budget(budget)
         assert make_method(budget) == method
         assert decode_budget(text) == budget
@@ -122,7 +121,7 @@ def test_heads_merge_and_split() -> None:
     merged = merge_heads([sparse, DENSE, denser])
     assert merged == Budget("pooled_topk", {"density": 1.0, "head_densities": (0.1, 1.0, 0.4)})
     method = make_method(merged)
-    assert [to_budget(method.for_head(head)) for head in (0, 2)] == [sparse, denser]
+    assert [method.for_head(head).budget() for head in (0, 2)] == [sparse, denser]
     assert method.mean_density == pytest.approx(0.5)
     with pytest.raises(PolicyError, match="for 3 heads is used for head 3"):
         method.for_head(3)

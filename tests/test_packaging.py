@@ -90,7 +90,9 @@ def test_the_command_is_installed() -> None:
 
 def shipped() -> set[str]:
     """Files of an installation, by their place in the package."""
-    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sparsepass").glob("*") if path.is_file()}
+    # rglob does not follow the two links.
+    own = (path for path in (ROOT / "sparsepass").rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    files = {path.relative_to(ROOT).as_posix() for path in own}
     for folder in ("kernels", "patterns"):
         files |= {f"sparsepass/{folder}/{path.name}" for path in (ROOT / folder).glob("*") if path.is_file()}
     return files

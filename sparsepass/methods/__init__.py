@@ -1,0 +1,33 @@
+"""Selection methods: what a budget's method name means, which parameters it has, and its text form.
+
+One method is one frozen dataclass in one file, listed in ``catalogue.METHODS``: its fields are its parameters, checked
+on creation. ``docs/policy.md`` has the recipe for adding one.
+"""
+
+from sparsepass.methods.base import Method
+from sparsepass.methods.catalogue import (
+    METHODS,
+    budget_from_json,
+    budget_to_json,
+    decode_budget,
+    encode_budget,
+    make_method,
+    merge_heads,
+    method_names,
+)
+from sparsepass.methods.dense import Dense
+from sparsepass.methods.pooled_topk import PooledTopK
+
+__all__ = [
+    "METHODS",
+    "Dense",
+    "Method",
+    "PooledTopK",
+    "budget_from_json",
+    "budget_to_json",
+    "decode_budget",
+    "encode_budget",
+    "make_method",
+    "merge_heads",
+    "method_names",
+]

@@ -1,0 +1,109 @@
+"""Pooled block top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from sparsepass.errors import PolicyError
+from sparsepass.methods.base import BLOCKS, Method, cannot_differ, share
+from sparsepass.methods.dense import Dense
+from sparsepass.methods.heads import per_head
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsepass.kernels.dispatch import BlockLists, Visible
+
+
+@dataclass(frozen=True, slots=True)
+class PooledTopK(Method):
+    """Pooled block top-k ("block-sparse" in The Sparse Frontier, arXiv 2504.17768).
+
+    ``density``: share of the visible blocks kept, in (0, 1]. At 1 every block runs through the sparse kernel.
+    ``block``: tokens per block, 64 or 128; ``None``: the device's default.
+    ``head_densities``: one density per query head; ``density`` is then their maximum. Raises ``PolicyError``.
+    """
+
+    name: ClassVar[str] = "pooled_topk"
+    density: float
+    block: int | None = None
+    head_densities: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "density", share(self.name, "density", self.density))
+        if self.block is not None and (isinstance(self.block, bool) or self.block not in BLOCKS):
+            raise PolicyError(f"pooled_topk block is {self.block!r}; accepted are 64, 128 or null (the default).")
+        if self.head_densities is not None:
+            given = self.head_densities
+            if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+                raise PolicyError(f"pooled_topk head_densities is {given!r}; accepted is a list, one number per head.")
+            heads = tuple(share(self.name, f"head_densities[{head}]", value) for head, value in enumerate(given))
+            if max(heads) != self.density:
+                raise PolicyError(
+                    f"pooled_topk density is {self.density!r} but the largest of head_densities is {max(heads)!r}; "
+                    "give density that value."
+                )
+            object.__setattr__(self, "head_densities", heads)
+
+    @property
+    def max_density(self) -> float:
+        return self.density
+
+    @property
+    def mean_density(self) -> float:
+        return self.density if self.head_densities is None else sum(self.head_densities) / len(self.head_densities)
+
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scale: float,
+        visible: Visible,
+        counter: torch.Tensor | None,
+    ) -> BlockLists:
+        from sparsepass.kernels.dispatch import select_pooled_topk
+
+        density: float | torch.Tensor = self.density
+        if self.head_densities is not None:
+            density = per_head(self.head_densities, query.device)
+        return select_pooled_topk(
+            query,
+            key,
+            scale=scale,
+            visible=visible,
+            density=density,
+            max_density=self.density,
+            block=self.block,
+            counter=counter,
+        )
+
+    def prepare(self, device: torch.device) -> None:
+        if self.head_densities is not None:
+            per_head(self.head_densities, device)
+
+    def for_head(self, head: int) -> PooledTopK:
+        if self.head_densities is None:
+            return self
+        if not 0 <= head < len(self.head_densities):
+            raise PolicyError(
+                f"A budget with head_densities for {len(self.head_densities)} heads is used for head {head} (from 0); "
+                "give one density per query head of the model."
+            )
+        return PooledTopK(self.head_densities[head], self.block)
+
+    def uniform(self) -> PooledTopK:
+        return PooledTopK(self.density, self.block)
+
+    @classmethod
+    def merge_heads(cls, heads: Sequence[Method]) -> Method:
+        """Dense heads become density 1 where others are sparse: one launch serves the whole site."""
+        if len(set(heads)) == 1:
+            return heads[0]
+        blocks = {head.block for head in heads if isinstance(head, PooledTopK)}
+        if len(blocks) != 1 or not all(isinstance(head, PooledTopK | Dense) for head in heads):
+            raise cannot_differ(cls, heads)
+        densities = tuple(head.max_density for head in heads)
+        return cls(max(densities), blocks.pop(), densities)
