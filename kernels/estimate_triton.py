@@ -19,7 +19,7 @@ from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.prepared import run_prepared
-from sparsepass.kernels.spec import refuse_unsupported
+from sparsepass.kernels.spec import capability_of, refuse_unsupported
 
 LOG2E = 1.4426950408889634
 WINDOW = 64
@@ -316,12 +316,14 @@ def estimate_launches(
     windows = starts.shape[1]
     block_d = tile_side(head_dim)
     wide = q.dtype == torch.float32
-    block_n = 64 if wide or block_d > 128 else 128
-    key_tiles = ceil_div(kv_len, block_n)
+    look = 64 if wide or block_d > 128 else 128
+    # Summing diagonals takes registers: Hopper alone has enough for the wider tile.
+    block_n, warps = (look, 8) if look == 64 or capability_of(q.device)[0] == 9 else (64, 4)
+    look_tiles, key_tiles = ceil_div(kv_len, look), ceil_div(kv_len, block_n)
     queries = windows * WINDOW
     f32 = torch.float32
-    tops = q.new_empty(batch, heads, queries, key_tiles, dtype=f32)
-    sums = q.new_empty(batch, heads, queries, key_tiles, dtype=f32)
+    tops = q.new_empty(batch, heads, queries, look_tiles, dtype=f32)
+    sums = q.new_empty(batch, heads, queries, look_tiles, dtype=f32)
     lse = q.new_empty(batch, heads, queries, dtype=f32)
     columns = q.new_empty(batch, heads, kv_len, dtype=f32)
     parts = q.new_empty(batch, heads, windows, key_tiles, block_n + WINDOW, dtype=f32)
@@ -350,10 +352,8 @@ def estimate_launches(
         "right": host.side(right),
         "offset": offset,
         "windows": windows,
-        "key_tiles": key_tiles,
         "kv_heads": kv_heads,
         "group": heads // kv_heads,
-        "BLOCK_N": block_n,
         "WINDOW": WINDOW,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
@@ -362,9 +362,9 @@ def estimate_launches(
         "HAS_Q_SEGMENTS": q_segments is not None,
         "PRECISION": "tf32x3",
     }
-    grid = (key_tiles, kv_heads, batch)
-    warps = {"num_warps": 4, "num_stages": 2}
-    merge = {"tops_ptr": tops, "sums_ptr": sums, "lse_ptr": lse, "key_tiles": key_tiles, "CHUNK": 128}
+    first = {**arguments, "SUM": False, "key_tiles": look_tiles, "BLOCK_N": look}
+    second = {**arguments, "SUM": True, "key_tiles": key_tiles, "BLOCK_N": block_n}
+    merge = {"tops_ptr": tops, "sums_ptr": sums, "lse_ptr": lse, "key_tiles": look_tiles, "CHUNK": 128}
     add: dict[str, Any] = {
         "parts_ptr": parts,
         "starts_ptr": starts,
@@ -379,9 +379,9 @@ def estimate_launches(
         "WINDOW": WINDOW,
     }
     launches = [
-        Launch(_estimate, grid, {**arguments, "SUM": False}, warps),
+        Launch(_estimate, (look_tiles, kv_heads, batch), first, {"num_warps": 8, "num_stages": 2}),
         Launch(_merge_tiles, (batch * heads * queries,), merge, {"num_warps": 1}),
-        Launch(_estimate, grid, {**arguments, "SUM": True}, warps),
+        Launch(_estimate, (key_tiles, kv_heads, batch), second, {"num_warps": warps, "num_stages": 2}),
         Launch(_add_diagonals, (ceil_div(diagonals, 1024), heads, batch), add, {"num_warps": 4}),
     ]
     return launches, columns, found
