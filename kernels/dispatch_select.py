@@ -25,9 +25,9 @@ def select_pooled_topk(
     """Pooled block top-k (The Sparse Frontier, arXiv 2504.17768) for query [B, H, Sq, D] and key [B, Hkv, Skv, D].
 
     ``density``: share of the visible blocks to keep, or a float32 tensor [B or 1, H or 1] of shares on the device, at
-    most ``max_density``. ``block``: tokens per block, 64 or 128; None for the device's default. ``counter``: int64 [3] on
-    the device; the number of visible blocks is added to its last entry. No host synchronization.
-    Raises ``KernelInputError``.
+    most ``max_density``. ``block``: tokens per block, 64 or 128; None for the device's default. ``counter``: int64 [3]
+    on the device; the number of visible blocks is added to its last entry. No host synchronization. Raises
+    ``KernelInputError``.
     """
     size = _block_size(query, key, block)
     if isinstance(density, torch.Tensor):
