@@ -318,7 +318,7 @@ def estimate_launches(
     wide = q.dtype == torch.float32
     look = 64 if wide or block_d > 128 else 128
     # Summing diagonals takes registers: Hopper alone has enough for the wider tile.
-    block_n, warps = (look, 8) if look == 64 or capability_of(q.device)[0] == 9 else (64, 4)
+    block_n = look if capability_of(q.device)[0] == 9 else 64
     look_tiles, key_tiles = ceil_div(kv_len, look), ceil_div(kv_len, block_n)
     queries = windows * WINDOW
     f32 = torch.float32
@@ -381,7 +381,7 @@ def estimate_launches(
     launches = [
         Launch(_estimate, (look_tiles, kv_heads, batch), first, {"num_warps": 8, "num_stages": 2}),
         Launch(_merge_tiles, (batch * heads * queries,), merge, {"num_warps": 1}),
-        Launch(_estimate, (key_tiles, kv_heads, batch), second, {"num_warps": warps, "num_stages": 2}),
+        Launch(_estimate, (key_tiles, kv_heads, batch), second, {"num_warps": 8, "num_stages": 2}),
         Launch(_add_diagonals, (ceil_div(diagonals, 1024), heads, batch), add, {"num_warps": 4}),
     ]
     return launches, columns, found
