@@ -56,9 +56,7 @@ class TopP(ScoredMethod):
         object.__setattr__(self, "stride", stride_of(self.name, self.stride))
         object.__setattr__(self, "self_similarity", similarity(self.name, self.self_similarity))
         if self.self_similarity is not None and self.score == "antidiagonal":
-            raise PolicyError(
-                "top_p self_similarity is for scores from means; score 'antidiagonal' has none: leave it out."
-            )
+            raise PolicyError("top_p self_similarity is for scores from means, not for 'antidiagonal': leave it out.")
         object.__setattr__(self, "expected_density", share(self.name, "expected_density", self.expected_density))
         object.__setattr__(self, "block", block_size(self.name, self.block))
 
