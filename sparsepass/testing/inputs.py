@@ -128,7 +128,7 @@ class _Text:
 
         # Most tokens only hint at their topic, few state it: a mean over a block sees the many.
         stated = torch.rand(self.length, 1, generator=noise, device=self.device)
-        self.key = self.place + self.meaning[topics] * (0.35 + 0.75 * stated**3)
+        self.key = self.place + self.meaning[topics] * (0.25 + 0.95 * stated**8)
         self.key += self._noise(noise)
         self.key[:SINK_TOKENS] = self.sink_direction
 
@@ -144,10 +144,9 @@ class _Text:
         """Features [S, 2 count] of the positions; two of them multiply to a value that falls with log distance."""
         # Frequencies as rotary embeddings have them, from 1/4 to 1/4096 of a radian per token.
         exponent = (torch.arange(count) + torch.rand(count, generator=draw)) / count
-        turns = 0.25 * (4.0 / 4096.0) ** exponent.double()
-        angle = torch.arange(self.length, dtype=torch.float64)[:, None] * turns
-        features = torch.cat((angle.cos(), angle.sin()), dim=1) * count**-0.5
-        return features.float().to(self.device)
+        turns = (0.25 * (4.0 / 4096.0) ** exponent.double()).to(self.device)
+        angle = torch.arange(self.length, dtype=torch.float64, device=self.device)[:, None] * turns
+        return (torch.cat((angle.cos(), angle.sin()), dim=1) * count**-0.5).float()
 
     def query(
         self, *, topic: float, near: float, sink: float, flat: bool, rows: Tensor, noise: torch.Generator
@@ -173,7 +172,9 @@ class _Text:
             enough = torch.where(close, weights, 0.0).sum(-1).nanmean() > wanted
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
         total = (scores + high * pull).logsumexp(-1)
-        middle_row = total[total.isfinite()].mean() if self.length > SINK_TOKENS else torch.zeros((), device=self.device)
+        middle_row = (
+            total[total.isfinite()].mean() if self.length > SINK_TOKENS else torch.zeros((), device=self.device)
+        )
         first = middle_row + math.log(sink / (1 - sink) / SINK_TOKENS) if sink > 0 else torch.zeros_like(middle_row)
         return content + self.place * high + self.sink_direction * first
 

@@ -54,9 +54,7 @@ def _reach(visible: Visible, start: int, rows: int, kv_len: int, block: int) -> 
     return low // block * block, high
 
 
-def _seen(
-    visible: Visible, item: int, start: int, rows: int, low: int, high: int, device: torch.device
-) -> Tensor:
+def _seen(visible: Visible, item: int, start: int, rows: int, low: int, high: int, device: torch.device) -> Tensor:
     """Bool [rows, high - low]: pairs that band and segments allow."""
     place = torch.arange(start, start + rows, device=device)[:, None] + visible.offset
     keys = torch.arange(low, high, device=device)
