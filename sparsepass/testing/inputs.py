@@ -205,7 +205,7 @@ def _check(
         raise KernelInputError(
             f"length is {length}, head_dim {head_dim} and topics {topics}; accepted are at least 1, 16 and 1."
         )
-    if not (0 <= sink and 0 <= local and sink + local < 1 and 0 <= diffuse <= 1):
+    if not (sink >= 0 and local >= 0 and sink + local < 1 and 0 <= diffuse <= 1):
         raise KernelInputError(
             f"sink is {sink}, local {local} and diffuse {diffuse}; accepted are shares of which "
             "the first two sum to less than 1."
