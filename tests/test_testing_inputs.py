@@ -1,4 +1,4 @@
-"""Structured inputs hold the shares they promise, tell good blocks from bad ones, and their masses are the true ones."""
+"""Structured inputs hold the shares they promise and tell good blocks from bad ones; block masses are the true ones."""
 
 from __future__ import annotations
 
