@@ -72,7 +72,7 @@ def test_shares_are_those_asked_for(made: StructuredInputs) -> None:
     weights = scores.masked_fill(token > places[:, None], -torch.inf).softmax(-1)
     sink = weights[..., :4].sum(-1).mean(-1)
     near = weights.masked_fill(token <= places[:, None] - 256, 0.0).sum(-1).mean(-1)
-    focused = ~made.diffuse.to(DEVICE)
+    focused = ~made.diffuse
     assert 0.2 < float(sink[focused].mean()) < 0.4
     assert 0.15 < float(near[focused].mean()) < 0.4
     assert float(sink[~focused].max()) < 0.05
@@ -101,7 +101,7 @@ def test_good_blocks_differ_from_bad_ones(made: StructuredInputs, mass: Tensor) 
     for back in (0, -1):
         draw.diagonal(back, dim1=-2, dim2=-1).fill_(2)
     best, pooled, random = (kept_mass(mass, x)[0] for x in (lists_of(mass, num), lists, lists_of(draw, num)))
-    focused = ~made.diffuse.to(DEVICE)
+    focused = ~made.diffuse
     oracle, mean, luck = (float(x[focused].mean()) for x in (best, pooled, random))
     assert luck + 0.05 < mean < oracle - 0.01
     assert oracle > 0.8

@@ -106,7 +106,7 @@ def structured_inputs(
                 )
                 query[item, :, head] = made * (unit / _KEY_GAIN)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return StructuredInputs(q, k, v, 1 / math.sqrt(head_dim), layout, flat)
+    return StructuredInputs(q, k, v, 1 / math.sqrt(head_dim), layout, flat.to(device))
 
 
 class _Text:
