@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.kernels.reference_columns import column_attention_reference, listed_pairs
-from tests.kernels.strategies import Case, Inputs, cases
+from sparsepass.testing import Case, Inputs, cases
 
 SHARES = ("none", "few", "some", "all")
 """How many of the keys are columns: of every row none, a few, a third, all (then many lie inside listed blocks)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.kernels.column_cases import ColumnCase, ColumnInputs, assert_as_accurate_as_dense, column_cases
 from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
-from tests.kernels.strategies import poisoned_empty
+from sparsepass.testing import poisoned_empty
 from tests.kernels.test_attend_triton import DRAWN, PLAIN
 
 pytest.importorskip("triton", reason="Triton is not installed")
