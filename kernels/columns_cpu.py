@@ -133,9 +133,9 @@ def _continue(out: Tensor, lse: Tensor, scores: Tensor, values: Tensor, seen: Te
     sound = bool(finite.all())
     new = weights @ (values if sound or whole else torch.where(finite, values, 0.0))
     earlier = out.to(scores.dtype)
-    new = (new + torch.where(kept[:, None] == 0, 0.0, earlier * kept[:, None])) / torch.where(
-        total == 0, 1.0, total
-    )[:, None]
+    new = (new + torch.where(kept[:, None] == 0, 0.0, earlier * kept[:, None])) / torch.where(total == 0, 1.0, total)[
+        :, None
+    ]
     if not sound and not whole:
         for sign in (torch.inf, -torch.inf):
             reached = seen.to(values.dtype) @ ((values == sign) | values.isnan()).to(values.dtype)

@@ -527,9 +527,7 @@ def attend_columns_cuda(
     inputs = (q, k, v, kv_num_blocks, kv_indices, column_num, column_indices, out, lse)
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
-        launches = column_launches(
-            *inputs, q_segments=q_segments, kv_segments=kv_segments, counter=counter, **options
-        )
+        launches = column_launches(*inputs, q_segments=q_segments, kv_segments=kv_segments, counter=counter, **options)
         return launches, ()
 
     run_prepared(q.device, ("columns", *options.values()), (*inputs, q_segments, kv_segments, counter), build)
@@ -593,7 +591,7 @@ def column_launches(
         tuple(out.shape) == (batch, heads, q_len, v_head_dim)
         and out.dtype == q.dtype
         and out.transpose(1, 2).is_contiguous(),
-        lambda: f"out is {out.dtype} {tuple(out.shape)} of strides {out.stride()}; expected what the block kernel gave.",
+        lambda: f"out is {out.dtype} {tuple(out.shape)} of strides {out.stride()}; expected the block kernel's.",
     )
     host.require(
         tuple(lse.shape) == (batch, heads, q_len) and lse.dtype == torch.float32 and lse.is_contiguous(),

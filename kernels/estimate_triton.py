@@ -150,11 +150,11 @@ def _estimate(
         k = tl.load(k, mask=(dim < HEAD_DIM)[:, None] & there[None, :], other=0.0)
     lane = tl.arange(0, WINDOW)
     at = tl.arange(0, BLOCK_N)
-    for member in range(0, group):
+    for member in range(group):
         plane = (item * kv_heads + kv_head).to(tl.int64) * group + member
         q_base = q_ptr + item64 * q_stride_b + (kv_head * group + member).to(tl.int64) * q_stride_h
         column = tl.zeros([BLOCK_N], tl.float32)
-        for window in range(0, windows):
+        for window in range(windows):
             start = tl.load(starts_ptr + item * windows + window)
             count = tl.load(counts_ptr + item * windows + window)
             scores = _window_scores(
@@ -229,7 +229,7 @@ def _add_diagonals(
     plane = (item * heads + head).to(tl.int64)
     index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
-    for window in range(0, windows):
+    for window in range(windows):
         start = tl.load(starts_ptr + item * windows + window)
         # Shifted so that it is not negative where a tile may hold it; one tile before also may, past its BLOCK_N.
         place = first_diagonal + index + start + WINDOW

@@ -99,7 +99,7 @@ def touched_reference(diagonals: dict[int, float], shift: int, block: int, near:
     """How good a diagonal of blocks is: as the best token diagonal that crosses it; infinite for a near one."""
     best = 0.0
     for diagonal, value in diagonals.items():
-        # Row r of a query block meets column r + diagonal of the keys: block shifts floor and ceiling of diagonal / block.
+        # Row r of a query block meets key r + diagonal: block shifts floor and ceiling of diagonal / block.
         if shift in (diagonal // block, -(-diagonal // block)):
             best = math.inf if diagonal in near else max(best, value if value == value else 0.0)
     return best

@@ -1,4 +1,4 @@
-"""Vertical-slash selection on the CPU in torch operations: the same steps as ``estimate_triton`` and ``best_triton``."""
+"""Vertical-slash selection on the CPU in torch operations: the steps of ``estimate_triton`` and ``best_triton``."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def keep_best_cpu(
     there = torch.ones_like(rank, dtype=torch.bool) if floor is None else rank >= floor[..., None]
     if forced:
         begin = torch.zeros(batch, dtype=torch.int64) if first is None else first.long()
-        rank = torch.where(
-            ((index >= begin[:, None]) & (index < begin[:, None] + forced))[:, None], 0x7FFFFFFF, rank
-        )
+        rank = torch.where(((index >= begin[:, None]) & (index < begin[:, None] + forced))[:, None], 0x7FFFFFFF, rank)
     rank = torch.where(there, rank, -0x80000000)
     order = rank.sort(dim=-1, descending=True, stable=True).indices
     ordered = rank.gather(-1, order)

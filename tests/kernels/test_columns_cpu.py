@@ -9,8 +9,8 @@ from hypothesis import given
 from torch import Tensor
 
 from sparsepass.kernels.dispatch import BlockLists, Columns, Visible, block_sparse_attention
-from tests.kernels.column_cases import ColumnCase, ColumnInputs, assert_as_accurate_as_dense, column_cases
 from sparsepass.testing import poisoned_empty
+from tests.kernels.column_cases import ColumnCase, ColumnInputs, assert_as_accurate_as_dense, column_cases
 
 CPU = column_cases(dtypes=(torch.float32, torch.bfloat16, torch.float16), equal_v_dim=True, max_len=90)
 

@@ -14,7 +14,14 @@ from sparsepass.kernels.dispatch import Visible, block_sparse_attention
 from sparsepass.kernels.slash import select_vertical_slash, steps_of
 from sparsepass.methods import FlexPrefill, VerticalSlash
 from sparsepass.testing import Case, cases
-from tests.kernels.slash_checks import Drawn, check_estimate, check_flex, check_lists, check_vertical_slash, check_windows
+from tests.kernels.slash_checks import (
+    Drawn,
+    check_estimate,
+    check_flex,
+    check_lists,
+    check_vertical_slash,
+    check_windows,
+)
 
 CPU = steps_of(torch.device("cpu"))
 DRAWN: dict[str, Any] = {"max_len": 300, "lists": ("full",), "equal_v_dim": True, "head_dims": (16, 24)}

@@ -22,7 +22,14 @@ from sparsepass.kernels.reference_slash import best_reference
 from sparsepass.kernels.slash import triton_steps
 from sparsepass.kernels.slash_cpu import keep_best_cpu
 from sparsepass.methods import FlexPrefill, VerticalSlash
-from tests.kernels.slash_checks import Drawn, check_estimate, check_flex, check_lists, check_vertical_slash, check_windows
+from tests.kernels.slash_checks import (
+    Drawn,
+    check_estimate,
+    check_flex,
+    check_lists,
+    check_vertical_slash,
+    check_windows,
+)
 
 STEPS = triton_steps()
 FEWER = EXAMPLES if GPU else 4
