@@ -336,14 +336,15 @@ def keep_best_launches(
         "most": 0 if isinstance(most, Tensor) else most,
         "forced": forced,
         "heads": heads,
-        "CHUNK": min(2048, tile_side(size)),
+        "CHUNK": min(4096 if share is None else 2048, tile_side(size)),
         "HAS_MOST": isinstance(most, Tensor),
         "BY_MASS": share is not None,
         "HAS_FIRST": first is not None,
         "HAS_FLOOR": floor is not None,
         "LIST": width > 0,
     }
-    return [Launch(_keep_best, (batch * heads,), arguments, {"num_warps": 8})], found
+    warps = 16 if size > 1024 else 4
+    return [Launch(_keep_best, (batch * heads,), arguments, {"num_warps": warps})], found
 
 
 def touched_cuda(
