@@ -139,7 +139,7 @@ def attend_launches(
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
 
-    launches, parted, spans = partition_launches(
+    launches, parted, spans, ticket = partition_launches(
         kv_num_blocks,
         kv_indices,
         q_len=q_len,
@@ -216,7 +216,7 @@ def attend_launches(
     if implementation != "triton":
         redo = spans.new_empty(programs)
         fast = attend_hopper.launch(
-            q, k, v, out, lse, parted, spans, redo, common, scale=scale, q_block=q_block, kv_block=kv_block
+            q, k, v, out, lse, parted, spans, redo, ticket, common, scale=scale, q_block=q_block, kv_block=kv_block
         )
     if isinstance(fast, Launch):
         launches.append(fast)
