@@ -128,7 +128,7 @@ def launch(
     names = (
         *("spans_ptr", "parted_ptr", "q_segments_ptr", "kv_segments_ptr", "q_segments_stride_b", "q_segments_stride_s"),
         *("kv_segments_stride_b", "kv_segments_stride_s", "span_stride_b", "span_stride_h", "q_len", "kv_len", "left"),
-        *("right", "offset", "tiles", "width", "kv_heads", "group", "HAS_SEGMENTS", "HAS_Q_SEGMENTS"),
+        *("right", "offset", "tiles", "width", "kv_heads", "HAS_SEGMENTS", "HAS_Q_SEGMENTS"),
     )
     arguments = {
         "q_desc": descriptor(q, 64, tile.dim),
@@ -141,6 +141,7 @@ def launch(
         "ticket_ptr": ticket,
         "log2_scale": scale * LOG2E,
         "programs": programs,
+        "GROUP": common["group"],
         "PER_ROW": q_block // ROWS,
         "PER_BLOCK": kv_block // tile.keys,
         "KEYS": tile.keys,

@@ -36,12 +36,23 @@ def _next_slot(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _place(tile, tiles, kv_heads, group):
+def _place(tile, tiles, kv_heads, GROUP: gl.constexpr):
     """(batch item, KV head, query head, row of tiles): query heads of one KV head side by side, long rows first."""
-    row = tiles - 1 - (tile // group) % tiles
-    kv_head = (tile // (group * tiles)) % kv_heads
-    item = tile // (group * tiles * kv_heads)
-    return item, kv_head, kv_head * group + tile % group, row
+    row = tiles - 1 - (tile // GROUP) % tiles
+    kv_head = (tile // (GROUP * tiles)) % kv_heads
+    item = tile // (GROUP * tiles * kv_heads)
+    return item, kv_head, kv_head * GROUP + tile % GROUP, row
+
+
+@gluon.jit
+def _first_of_list(
+    tile, spans_ptr, parted_ptr, span_stride_b, span_stride_h, tiles, width, kv_heads,
+    GROUP: gl.constexpr, PER_ROW: gl.constexpr,
+):  # fmt: skip
+    """A tile's first listed block, how many there are, and how many of them need a mask."""
+    item, _, head, row = _place(tile, tiles, kv_heads, GROUP)
+    place = item.to(gl.int64) * span_stride_b + head.to(gl.int64) * span_stride_h + row // PER_ROW
+    return gl.load(parted_ptr + place * width), gl.load(spans_ptr + 2 * place), gl.load(spans_ptr + 2 * place + 1)
 
 
 @gluon.jit
@@ -58,9 +69,9 @@ def _read(note):
 def _load_blocks(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, notes, q_full, q_empty, full, empty,
     spans_ptr, parted_ptr, redo_ptr, ticket_ptr, span_stride_b, span_stride_h,
-    kv_len, tiles, width, kv_heads, group, programs,
-    PER_ROW: gl.constexpr, PER_BLOCK: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, SLOTS: gl.constexpr,
-    Q_SLOTS: gl.constexpr,
+    kv_len, tiles, width, kv_heads, programs,
+    GROUP: gl.constexpr, PER_ROW: gl.constexpr, PER_BLOCK: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr,
+    SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: for every tile a note of what it is, its queries, and its blocks as slots become free.
 
@@ -68,21 +79,22 @@ def _load_blocks(
     ticket counter, so that programs with short rows take more of them. A note of tile -1 ends the computing warpgroups.
     """
     BYTES: gl.constexpr = KEYS * DIM * 2
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     slot = 0
     phase = 1
     turn = 0
     tile = gl.program_id(0)
     mbarrier.arrive(full.index(0), count=1)  # the first slot has no values
+    listed, count, edge_count = _first_of_list(
+        tile, spans_ptr, parted_ptr, span_stride_b, span_stride_h, tiles, width, kv_heads, GROUP, PER_ROW
+    )
     while tile < programs:
-        item, kv_head, head, row = _place(tile, tiles, kv_heads, group)
+        item, kv_head, head, row = _place(tile, tiles, kv_heads, GROUP)
         place = item.to(gl.int64) * span_stride_b + head.to(gl.int64) * span_stride_h + row // PER_ROW
         blocks = parted_ptr + place * width
-        key = gl.load(blocks) * (KEYS * PER_BLOCK)
-        steps = gl.load(spans_ptr + 2 * place) * PER_BLOCK
-        edges = gl.load(spans_ptr + 2 * place + 1) * PER_BLOCK
         # A row without blocks computes one past the last key, of which all is hidden.
-        key = gl.where(steps > 0, key, kv_len)
-        steps = gl.maximum(steps, 1)
+        key = gl.where(count > 0, listed * (KEYS * PER_BLOCK), kv_len)
+        steps = gl.maximum(count * PER_BLOCK, 1)
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
         tma.async_copy_global_to_shared(k_desc, [item, kv_head, key, 0], full.index(slot), k_smem.index(slot))
@@ -94,7 +106,7 @@ def _load_blocks(
         note = 8 * q_slot
         _write(notes.index(note), tile)
         _write(notes.index(note + 1), steps)
-        _write(notes.index(note + 2), edges)
+        _write(notes.index(note + 2), edge_count * PER_BLOCK)
         _write(notes.index(note + 3), key)
         _write(notes.index(note + 4), item)
         _write(notes.index(note + 5), head)
@@ -108,7 +120,8 @@ def _load_blocks(
                 q_smem.index(2 * q_slot + half),
             )  # fmt: skip
         turn += 1
-        tile = gl.num_programs(0) + gl.atomic_add(ticket_ptr, 1, sem="relaxed")
+        # Asked for now, needed at the end: as a vector it stays in registers, and nothing waits for it before.
+        ticket = gl.atomic_add(ticket_ptr + lane * 0, lane * 0 + 1, mask=lane == 0, sem="relaxed")
 
         for step in range(1, steps):
             following = gl.load(blocks + step // PER_BLOCK) * (KEYS * PER_BLOCK) + step % PER_BLOCK * KEYS
@@ -119,6 +132,12 @@ def _load_blocks(
             tma.async_copy_global_to_shared(v_desc, [item, kv_head, key, 0], full.index(slot), v_smem.index(slot))
             key = following
             slot, phase = _next_slot(slot, phase, SLOTS)
+        tile = gl.num_programs(0) + gl.max(gl.where(lane == 0, ticket, 0), 0)
+        # Loaded while the slot of the last values is awaited.
+        listed, count, edge_count = _first_of_list(
+            gl.minimum(tile, programs - 1), spans_ptr, parted_ptr, span_stride_b, span_stride_h,
+            tiles, width, kv_heads, GROUP, PER_ROW,
+        )  # fmt: skip
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
         tma.async_copy_global_to_shared(v_desc, [item, kv_head, key, 0], full.index(slot), v_smem.index(slot))
@@ -311,12 +330,12 @@ def attend_hopper(
     spans_ptr, parted_ptr, q_segments_ptr, kv_segments_ptr, lse_ptr, redo_ptr, ticket_ptr, log2_scale,
     span_stride_b, span_stride_h,
     q_segments_stride_b, q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s,
-    q_len, kv_len, left, right, offset, tiles, width, kv_heads, group, programs,
-    PER_ROW: gl.constexpr, PER_BLOCK: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, SLOTS: gl.constexpr,
-    Q_SLOTS: gl.constexpr, HAS_SEGMENTS: gl.constexpr, HAS_Q_SEGMENTS: gl.constexpr, RETURN_LSE: gl.constexpr,
-    COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    q_len, kv_len, left, right, offset, tiles, width, kv_heads, programs,
+    GROUP: gl.constexpr, PER_ROW: gl.constexpr, PER_BLOCK: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr,
+    SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, HAS_SEGMENTS: gl.constexpr, HAS_Q_SEGMENTS: gl.constexpr,
+    RETURN_LSE: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Attention of 128 query rows per tile. Grid: one program per multiprocessor at most; ``ticket_ptr`` is 0 before."""
+    """Attention of 128 query rows per tile. Grid: up to one program per multiprocessor; ``ticket_ptr`` is 0 before."""
     DTYPE: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(DTYPE, [2 * Q_SLOTS, 1, 1, 64, DIM], q_desc.layout)
     o_smem = q_smem
@@ -346,7 +365,7 @@ def attend_hopper(
                     parted_ptr, q_segments_ptr, kv_segments_ptr, lse_ptr, redo_ptr,
                     log2_scale, span_stride_b, span_stride_h,
                     q_segments_stride_b, q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s,
-                    q_len, kv_len, left, right, offset, width, kv_heads * group,
+                    q_len, kv_len, left, right, offset, width, kv_heads * GROUP,
                     0, PER_ROW, PER_BLOCK, KEYS, DIM, SLOTS, Q_SLOTS, DTYPE, HAS_SEGMENTS, HAS_Q_SEGMENTS, RETURN_LSE,
                 ),
             ),
@@ -357,7 +376,7 @@ def attend_hopper(
                     parted_ptr, q_segments_ptr, kv_segments_ptr, lse_ptr, redo_ptr,
                     log2_scale, span_stride_b, span_stride_h,
                     q_segments_stride_b, q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s,
-                    q_len, kv_len, left, right, offset, width, kv_heads * group,
+                    q_len, kv_len, left, right, offset, width, kv_heads * GROUP,
                     1, PER_ROW, PER_BLOCK, KEYS, DIM, SLOTS, Q_SLOTS, DTYPE, HAS_SEGMENTS, HAS_Q_SEGMENTS, RETURN_LSE,
                 ),
             ),
@@ -366,8 +385,8 @@ def attend_hopper(
                 (
                     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, notes, q_full, q_empty, full, empty,
                     spans_ptr, parted_ptr, redo_ptr, ticket_ptr,
-                    span_stride_b, span_stride_h, kv_len, tiles, width, kv_heads, group, programs,
-                    PER_ROW, PER_BLOCK, KEYS, DIM, SLOTS, Q_SLOTS,
+                    span_stride_b, span_stride_h, kv_len, tiles, width, kv_heads, programs,
+                    GROUP, PER_ROW, PER_BLOCK, KEYS, DIM, SLOTS, Q_SLOTS,
                 ),
             ),
         ],
