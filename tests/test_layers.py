@@ -28,6 +28,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "record",
         "pipeline",
         "decorator inspection warmup",
+        "bench",
+        "cli_bench",
         "cli",
     )
 )
@@ -77,7 +79,7 @@ def module_of(path: Path) -> str:
 
 FILES = [
     path
-    for folder in ("sparsepass", "sparsepass/methods", "kernels", "patterns")
+    for folder in ("sparsepass", "sparsepass/bench", "sparsepass/methods", "kernels", "patterns")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"  # it re-exports the public names, from every layer
 ]

@@ -1,0 +1,80 @@
+"""Block lists to time the attention kernel on: causal, one list per query head, blocks of one size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsepass.bench.problem import Problem, Shape
+from sparsepass.errors import OptionError, close_names
+from sparsepass.kernels.blocks import blocks_per_row, ceil_div
+from sparsepass.kernels.dispatch import BlockLists, select_pooled_topk
+
+KINDS = {
+    "random": "the first block, the diagonal one and random ones, as many in every row as the density needs",
+    "uneven": "the same, but the counts of a head's rows differ tenfold, in random order",
+    "pooled": "chosen by pooled block top-k",
+    "full": "every visible block, whatever the density",
+}
+SPREAD = 10.0
+"""Largest over smallest count of uneven rows, before the diagonal cuts the early rows short."""
+
+
+def make_lists(kind: str, problem: Problem, density: float, block: int, seed: int) -> BlockLists:
+    """Lists of a kind at a density (computed share of the visible blocks). Raises ``OptionError`` for the kind."""
+    shape = problem.shape
+    if kind == "pooled":
+        return select_pooled_topk(
+            problem.query, problem.key, scale=shape.scale, visible=problem.visible, density=density, block=block
+        )
+    if kind not in KINDS:
+        raise OptionError(f"Unknown kind of lists {kind!r}. {close_names(kind, KINDS)}")
+    generator = torch.Generator(device=problem.device).manual_seed(seed)
+    rows = ceil_div(shape.length, block)
+    if kind == "full":
+        wanted = torch.full((rows,), rows, device=problem.device)
+    elif kind == "random":
+        each = blocks_per_row(shape.length, shape.length, -1, 0, 0, block, block, density)
+        wanted = torch.full((rows,), each, device=problem.device)
+    else:
+        wanted = torch.zeros(0)
+    counts, indices = [], []
+    for _ in range(shape.batch * shape.heads):  # one at a time: the draw is [rows, rows]
+        if kind == "uneven":
+            wanted = _uneven(shape, rows, density, problem.device, generator)
+        count, chosen = _draw(wanted, rows, generator)
+        counts.append(count)
+        indices.append(chosen)
+    width = max(chosen.shape[1] for chosen in indices)
+    padded = [torch.nn.functional.pad(chosen, (0, width - chosen.shape[1])) for chosen in indices]
+    sizes = (shape.batch, shape.heads, rows)
+    return BlockLists(torch.stack(counts).view(sizes), torch.stack(padded).view(*sizes, width), block, block)
+
+
+def _draw(wanted: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Counts int32 [rows] and indices int32 [rows, width]: ``wanted`` blocks of each row, or all that it sees."""
+    device = wanted.device
+    row = torch.arange(rows, device=device)
+    order = torch.rand(rows, rows, generator=generator, device=device)
+    order[:, 0] = 2.0
+    order[row, row] = 3.0
+    order.masked_fill_(row[None, :] > row[:, None], -1.0)
+    count = torch.minimum(wanted, row + 1).clamp(min=1)
+    width = int(count.max())
+    best = order.topk(width, dim=1).indices
+    best.masked_fill_(torch.arange(width, device=device) >= count[:, None], rows)  # sorts behind what is listed
+    best = best.sort(dim=1).values
+    return count.to(torch.int32), torch.where(best < rows, best, 0).to(torch.int32)
+
+
+def _uneven(shape: Shape, rows: int, density: float, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Blocks wanted per row, spread log-uniformly over a factor of ``SPREAD`` and reaching the density together."""
+    factor = SPREAD ** torch.rand(rows, generator=generator, device=device)
+    seen = torch.arange(1, rows + 1, device=device)
+    target = density * float(seen.sum())
+    low, high = 0.0, float(rows)
+    for _ in range(40):
+        middle = (low + high) / 2
+        total = float(torch.minimum((factor * middle).round().clamp(min=1), seen).sum())
+        low, high = (middle, high) if total < target else (low, middle)
+    return (factor * high).round().clamp(min=1).to(torch.int64)
