@@ -21,7 +21,8 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import partition_launches
 from sparsepass.kernels.prepared import run_prepared
-from sparsepass.kernels.spec import AttendTile, attend_tile, capability_of, refuse_unsupported
+from sparsepass.kernels.spec import AttendTile, refuse_unsupported
+from sparsepass.kernels.tuned import tile_for
 from sparsepass.kernels.visible_triton import add_nonfinite_values, program_place, visible_pairs
 
 LOG2E = 1.4426950408889634
@@ -345,7 +346,7 @@ def attend_launches(
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_head_dim = k.shape[1], k.shape[2], v.shape[3]
     if tile is None:
-        tile = attend_tile(q.dtype, max(head_dim, v_head_dim), capability_of(q.device))
+        tile = tile_for(q.device, q.dtype, max(head_dim, v_head_dim))
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
 

@@ -16,9 +16,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "types errors",
         # Facts about the outside world, and plain tools.
-        "kernels counters dynamo environment jsonable drawgraph crossover_table canon mask_ir",
-        "hints methods crossover match drawlayout mask_values mask_mutation models",
-        "patterns ops policy_rules draw mask_read",
+        "kernels counters dynamo environment jsonable drawgraph canon mask_ir",
+        "hints methods crossover_table match drawlayout mask_values mask_mutation models",
+        "patterns ops crossover policy_rules draw mask_read",
         "policy functional mask_views mask_segments report",
         "mask_terms policy_file report_table",
         "mask cli_policy",

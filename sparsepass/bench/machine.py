@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparsepass.environment import package_version
+from sparsepass.environment import cpu_name, package_version
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _SMI = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
@@ -24,10 +25,6 @@ _SMI = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gp
 def device_name(device: torch.device) -> str:
     """``NVIDIA H200``, or the processor's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name() -> str:
-    return _cpu_fields().get("model name") or platform.processor() or platform.machine()
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -71,12 +68,8 @@ def command_line() -> str:
 def versions() -> dict[str, str]:
     """Versions of what a time depends on."""
     found = {"sparsepass": package_version(), "python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["triton"] = importlib.metadata.version("triton")
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
         cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
