@@ -14,11 +14,18 @@ from sparsepass.bench.arguments import Command
 from sparsepass.bench.commands import COMMANDS
 from sparsepass.bench.options import make, specs, spread
 from sparsepass.errors import OptionError
+from sparsepass.tune.run import COMMAND as TUNE
 
 bench_app = typer.Typer(
     no_args_is_help=True,
     help="Measure kernels, selection, whole ops and models against the other implementations on this device.",
 )
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds ``bench`` and ``tune`` to the command line."""
+    app.add_typer(bench_app, name="bench")
+    add_command(app, TUNE)
 
 
 def add_command(app: typer.Typer, command: Command) -> None:

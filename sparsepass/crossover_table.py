@@ -203,7 +203,7 @@ def _record(data: Mapping[str, Any], measured: str = "") -> Record:
         density=float(data["density"]),
         sparse_ms=float(data["sparse_ms"]),
         dense_ms=float(data["dense_ms"]),
-        measured=measured,
+        measured=str(data.get("measured", measured)),
     )
     times_fine = all(0 < time < math.inf for time in (record.sparse_ms, record.dense_ms))
     if not times_fine or not 0 < record.density <= 1 or record.length < 1 or record.head_dim < 1:

@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pipeline",
         "decorator inspection warmup",
         "bench",
+        "tune",
         "cli_bench",
         "cli",
     )
@@ -79,7 +80,7 @@ def module_of(path: Path) -> str:
 
 FILES = [
     path
-    for folder in ("sparsepass", "sparsepass/bench", "sparsepass/methods", "kernels", "patterns")
+    for folder in ("sparsepass", "sparsepass/bench", "sparsepass/methods", "sparsepass/tune", "kernels", "patterns")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"  # it re-exports the public names, from every layer
 ]
