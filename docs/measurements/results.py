@@ -4,8 +4,8 @@
     python docs/measurements/results.py --check   # exit status 1 if that part is not what the files say
 
 One table per ``end_to_end*.json`` (of ``end_to_end.py``), ``attention_op*.json`` (of ``attention_op.py``),
-``cpu_attention*.json`` (of ``cpu_attention.py``) and ``bench_*.json`` (of ``sparsepass bench kernel`` and ``op``), under
-it the command that measured it.
+``cpu_attention*.json`` (of ``cpu_attention.py``) and ``bench_*.json`` (of ``sparsepass bench kernel`` and ``op``),
+under it the command that measured it.
 """
 
 from __future__ import annotations
