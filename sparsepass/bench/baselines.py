@@ -33,6 +33,15 @@ def dense_names(device: torch.device) -> tuple[str, ...]:
     return tuple(CUDA_BACKENDS) if device.type == "cuda" else CPU_NAMES
 
 
+def default_dense(problem: Problem) -> tuple[str, ...]:
+    """The dense kernels to time unless others are named: on CUDA the general one only where the others do not run."""
+    names = dense_names(problem.device)
+    if problem.device.type != "cuda":
+        return names
+    half = problem.shape.torch_dtype != torch.float32
+    return tuple(name for name in names if (name != "efficient") == half)
+
+
 def dense_call(name: str, problem: Problem) -> Call:
     """One dense kernel on a problem. Raises ``OptionError`` if it does not take it."""
     if name not in CUDA_BACKENDS:

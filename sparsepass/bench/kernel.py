@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from sparsepass.bench import ours
-from sparsepass.bench.baselines import FLEX, dense_names, flex_call
+from sparsepass.bench.baselines import FLEX, default_dense, dense_names, flex_call
 from sparsepass.bench.check import invalid_lists
 from sparsepass.bench.lists import make_lists
 from sparsepass.bench.options import KernelOptions
@@ -49,7 +49,7 @@ def _add_variants(options: KernelOptions, names: tuple[str, ...], bench: Bench, 
     problem, shape = bench.problem, bench.problem.shape
     densities = options.densities or DENSITIES
     cases = [(kind, density) for kind in options.lists for density in ((1.0,) if kind == "full" else densities)]
-    baselines = options.baselines or (*dense_names(problem.device), "flex")
+    baselines = options.baselines or (*default_dense(problem), "flex")
     reporter.steps("checking", len(cases))
     bench.add_dense(baselines)
     visible = visible_blocks(shape, options.block)
@@ -88,7 +88,7 @@ def _add_variants(options: KernelOptions, names: tuple[str, ...], bench: Bench, 
             if name in baselines:
                 bench.try_out({"variant": name, **common}, partial(flex_call, name, problem, lists), expected)
         for peer in installed_peers():
-            if peer.does is Does.LISTS:
+            if peer.does == Does.LISTS:
                 entry = {"variant": peer.name, "peer": True, **common}
                 bench.try_out(entry, partial(peer.build, problem, lists), expected)
         reporter.advance()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsepass.bench.problem import Problem, Shape
+from sparsepass.bench.problem import Problem
 from sparsepass.errors import OptionError, close_names
-from sparsepass.kernels.blocks import blocks_per_row, ceil_div
+from sparsepass.kernels.blocks import ceil_div
 from sparsepass.kernels.dispatch import BlockLists, select_pooled_topk
 
 KINDS = {
-    "random": "the first block, the diagonal one and random ones, as many in every row as the density needs",
+    "random": "the first block, the diagonal one and random ones, about as many in every row",
     "uneven": "the same, but the counts of a head's rows differ tenfold, in random order",
     "pooled": "chosen by pooled block top-k",
     "full": "every visible block, whatever the density",
@@ -31,17 +31,16 @@ def make_lists(kind: str, problem: Problem, density: float, block: int, seed: in
         raise OptionError(f"Unknown kind of lists {kind!r}. {close_names(kind, KINDS)}")
     generator = torch.Generator(device=problem.device).manual_seed(seed)
     rows = ceil_div(shape.length, block)
-    if kind == "full":
-        wanted = torch.full((rows,), rows, device=problem.device)
-    elif kind == "random":
-        each = blocks_per_row(shape.length, shape.length, -1, 0, 0, block, block, density)
-        wanted = torch.full((rows,), each, device=problem.device)
-    else:
-        wanted = torch.zeros(0)
+    every = torch.full((rows,), rows, device=problem.device)
+    # One more block in a share of the rows, so that the density is met between whole counts too.
+    more = torch.arange(rows, device=problem.device) * 0.6180339887 % 1.0
+    even = _reaching(torch.ones(rows, device=problem.device), more, density)
     counts, indices = [], []
     for _ in range(shape.batch * shape.heads):  # one at a time: the draw is [rows, rows]
+        wanted = every if kind == "full" else even
         if kind == "uneven":
-            wanted = _uneven(shape, rows, density, problem.device, generator)
+            factor = SPREAD ** torch.rand(rows, generator=generator, device=problem.device)
+            wanted = _reaching(factor, more, density)
         count, chosen = _draw(wanted, rows, generator)
         counts.append(count)
         indices.append(chosen)
@@ -67,14 +66,14 @@ def _draw(wanted: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor
     return count.to(torch.int32), torch.where(best < rows, best, 0).to(torch.int32)
 
 
-def _uneven(shape: Shape, rows: int, density: float, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Blocks wanted per row, spread log-uniformly over a factor of ``SPREAD`` and reaching the density together."""
-    factor = SPREAD ** torch.rand(rows, generator=generator, device=device)
-    seen = torch.arange(1, rows + 1, device=device)
+def _reaching(factor: Tensor, more: Tensor, density: float) -> Tensor:
+    """Blocks wanted per row, int64 [rows], proportional to ``factor`` and reaching the density together."""
+    rows = factor.shape[0]
+    seen = torch.arange(1, rows + 1, device=factor.device)
     target = density * float(seen.sum())
     low, high = 0.0, float(rows)
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
-        total = float(torch.minimum((factor * middle).round().clamp(min=1), seen).sum())
+        total = float(torch.minimum((factor * middle + more).floor().clamp(min=1), seen).sum())
         low, high = (middle, high) if total < target else (low, middle)
-    return (factor * high).round().clamp(min=1).to(torch.int64)
+    return (factor * high + more).floor().clamp(min=1).to(torch.int64)

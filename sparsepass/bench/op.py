@@ -19,7 +19,6 @@ from sparsepass.bench.result import Record, Result, shape_of, timed
 from sparsepass.bench.sweeps import Case, cases
 from sparsepass.bench.timing import graphed
 from sparsepass.bench.trial import Bench, first_line, measure
-from sparsepass.errors import OptionError
 from sparsepass.kernels.dispatch import BlockLists
 
 
@@ -77,7 +76,7 @@ def _op(options: OpOptions, chosen: list[Case], bench: Bench, reporter: Reporter
         del lists
         reporter.advance()
     for peer in installed_peers():
-        if peer.does is Does.APPROXIMATE:
+        if peer.does == Does.APPROXIMATE:
             entry = {"variant": peer.name, "peer": True, "does": "op", "method": peer.name, "method_name": peer.name}
             record = bench.try_out(entry, partial(peer.build, bench.problem, None), dense, judge=False)
             if "error" in record:
@@ -125,11 +124,12 @@ def _add_parts(
         record["flops"], record["flops_visible"] = listed_flops(bench.problem.shape, lists)
     bench.try_out(record, lambda: attending, expected)
     if graphs and bench.problem.device.type == "cuda":
+        entry: Record = {"variant": "select, graph", "does": "select", **bench.problem.shape.fields(), **common}
         try:
             replay = graphed(selecting)
         except RuntimeError as error:
-            raise OptionError(f"{case.text} cannot be captured in a CUDA graph: {first_line(error)}") from error
-        entry = {"variant": "select, graph", "does": "select", **bench.problem.shape.fields(), **common}
+            bench.records.append({**entry, "failed": f"{type(error).__name__}: {first_line(error)}"})
+            return
         bench.records.append({**entry, "correct": True})
         bench.runs[len(bench.records) - 1] = replay
 

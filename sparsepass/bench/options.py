@@ -118,7 +118,10 @@ class Shapes(Machine):
 
 
 _IMPLEMENTATIONS = "Of our attention: auto, or names such as gluon, triton; default: all that can be forced here."
-_BASELINES = "Of the dense kernels and flex, flex_autotune; 'none' for none. Default: all here but flex_autotune."
+_BASELINES = (
+    "Of the dense kernels (cudnn, flash, efficient; on the CPU sdpa, sdpa_repeated), flex and flex_autotune; 'none' "
+    "for none. Default: all but flex_autotune, and efficient for fp32 alone."
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class OpOptions(SelectionOptions):
     """``sparsepass bench op``."""
 
     implementations: tuple[str, ...] = option(("auto",), _IMPLEMENTATIONS, "Variants")
-    baselines: tuple[str, ...] = option((), "Of the dense kernels; 'none' for none. Default: all here.", "Variants")
+    baselines: tuple[str, ...] = option((), "Of the dense kernels, as for bench kernel; 'none' for none.", "Variants")
     peer_file: Path | None = option(None, "Python file that calls sparsepass.bench.register_peer.", "Variants")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.bench.problem import Problem
-from sparsepass.errors import OptionError
+from sparsepass.errors import OptionError, close_names
 from sparsepass.kernels.dispatch import BlockLists
 
 Call = Callable[[], Tensor]
@@ -61,7 +61,12 @@ _peers: dict[str, Peer] = {}
 
 
 def register_peer(peer: Peer) -> Peer:
-    """Add an implementation, or replace the one of its name. A file that calls this is given by ``--peer-file``."""
+    """Add an implementation, or replace the one of its name. A file that calls this is given by ``--peer-file``.
+
+    Raises ``OptionError`` if ``does`` is none of ``Does``.
+    """
+    if peer.does not in tuple(Does):
+        raise OptionError(f"Peer {peer.name!r} does {peer.does!r}. {close_names(str(peer.does), tuple(Does))}")
     _peers[peer.name] = peer
     return peer
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 from sparsepass.errors import OptionError, close_names
 from sparsepass.kernels.blocks import visible_block_counts
 from sparsepass.kernels.dispatch import BlockLists, Visible
+from sparsepass.testing.inputs import structured_inputs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CAUSAL = Visible(right=0)
@@ -97,13 +96,7 @@ def make_problem(shape: Shape, device: torch.device, seed: int, inputs: str = "r
 
 
 def _structured(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        structured_inputs: Any = importlib.import_module("sparsepass.testing").structured_inputs
-    except ImportError as error:
-        raise OptionError(f"Structured inputs need sparsepass.testing, which fails here: {error}.") from error
-    wanted = {**shape.fields(), "dtype": shape.torch_dtype, "device": device, "seed": seed}
-    accepted = inspect.signature(structured_inputs).parameters
-    made: Any = structured_inputs(**{name: value for name, value in wanted.items() if name in accepted})
+    made = structured_inputs(**{**shape.fields(), "dtype": shape.torch_dtype}, device=device, seed=seed)
     return made.query, made.key, made.value
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.bench import machine
-from sparsepass.bench.baselines import dense_call, dense_names
+from sparsepass.bench.baselines import default_dense, dense_call, dense_names
 from sparsepass.bench.check import Expected, Sample
 from sparsepass.bench.options import Machine, Shapes
 from sparsepass.bench.peers import Does, installed_peers
@@ -106,16 +106,17 @@ class Bench:
         return record
 
     def add_dense(self, wanted: Sequence[str]) -> None:
-        """The dense kernels among ``wanted`` (all if empty), and dense peers, all checked against float64."""
+        """The dense kernels among ``wanted`` (if empty, those worth it), and dense peers, checked against float64."""
+        chosen = wanted or default_dense(self.problem)
         for name in dense_names(self.problem.device):
-            if not wanted or name in wanted:
+            if name in chosen:
                 self.try_out(
                     {"variant": name, "does": "dense", "density": 1.0, "density_computed": 1.0},
                     lambda name=name: dense_call(name, self.problem),  # type: ignore[misc]
                     self.sample.dense(),
                 )
         for peer in installed_peers():
-            if peer.does is Does.DENSE:
+            if peer.does == Does.DENSE:
                 self.try_out(
                     {"variant": peer.name, "does": "dense", "density": 1.0, "density_computed": 1.0, "peer": True},
                     lambda peer=peer: peer.build(self.problem, None),  # type: ignore[misc]
@@ -161,8 +162,10 @@ def measure(
         result.environment.setdefault("problems", []).append(
             {"problem": str(shape), "flushed": clock.flushes, "before": before, "after": machine.power_state(device)}
         )
-        result.records += bench.records
-        finish(bench.records)
+        made = bench.records
+        finish(made)
+        result.records += made
+        del bench, problem, clock  # room for the next
         add_speedups(result.records)
         result.fits = fit_lines(result.records)
         if options.out is not None:
