@@ -133,7 +133,8 @@ def _listed(lists: BlockLists, b: int, h: int, rows: Tensor, length: int) -> Ten
     columns = getattr(lists, "columns", None)
     if columns is not None:
         b, h = min(b, columns.num.shape[0] - 1), min(h, columns.num.shape[1] - 1)
-        keys = keys | _spread(columns.num[b, h, block_row], columns.indices[b, h, block_row], length)
+        place = block_row.clamp(max=columns.num.shape[2] - 1)
+        keys = keys | _spread(columns.num[b, h, place], columns.indices[b, h, place], length)
     return keys
 
 
@@ -166,4 +167,11 @@ def invalid_lists(lists: BlockLists, problem: Problem) -> str:
                 return f"head {head} lists blocks that no query of their row sees"
             if bool((used[:, 1:] & (here[:, 1:] <= here[:, :-1])).any()):
                 return f"the lists of head {head} do not ascend"
+    columns = getattr(lists, "columns", None)
+    if columns is not None:
+        used = torch.arange(columns.indices.shape[-1], device=num.device) < columns.num[..., None]
+        if bool((used & ((columns.indices < 0) | (columns.indices >= problem.shape.length))).any()):
+            return "columns outside the keys"
+        if bool((used[..., 1:] & (columns.indices[..., 1:] <= columns.indices[..., :-1])).any()):
+            return "the columns do not ascend"
     return ""

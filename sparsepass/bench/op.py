@@ -102,14 +102,25 @@ def _select(bench: Bench, case: Case) -> tuple[BlockLists, Record, Expected] | N
     expected = bench.sample.expected(lists)
     common |= {"block": lists.kv_block, "density_computed": round(computed / max(visible, 1), 5)}
     common |= {"mass": round(expected.mass, 5)}
+    columns = getattr(lists, "columns", None)
+    if columns is not None:
+        common["columns"] = round(float(columns.num.double().mean()), 1)
     bench.records.append({**record, **common, "correct": not why, **({"why": why} if why else {})})
     return None if why else (lists, common, expected)
 
 
 def _same(one: BlockLists, other: BlockLists) -> bool:
-    used = torch.arange(one.kv_indices.shape[3], device=one.kv_indices.device) < one.kv_num_blocks[..., None]
-    same = torch.equal(one.kv_num_blocks, other.kv_num_blocks)
-    return same and not bool((used & (one.kv_indices != other.kv_indices)).any())
+    pairs = [(one.kv_num_blocks, one.kv_indices, other.kv_num_blocks, other.kv_indices)]
+    columns = getattr(one, "columns", None), getattr(other, "columns", None)
+    if None not in columns:
+        pairs.append((columns[0].num, columns[0].indices, columns[1].num, columns[1].indices))
+    elif columns != (None, None):
+        return False
+    for num, indices, other_num, other_indices in pairs:
+        used = torch.arange(indices.shape[-1], device=indices.device) < num[..., None]
+        if not torch.equal(num, other_num) or bool((used & (indices != other_indices)).any()):
+            return False
+    return True
 
 
 def _add_parts(

@@ -19,6 +19,7 @@ def draw(result: Result, folder: Path, stem: str = "") -> list[Path]:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.ticker import LogFormatter
     except ImportError as error:
         raise OptionError('Plots need matplotlib: pip install matplotlib, or "sparsepass[plots]".') from error
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,6 +27,10 @@ def draw(result: Result, folder: Path, stem: str = "") -> list[Path]:
     for name, paint in PLOTS.items():
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
         if paint(axes, result):
+            for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
+                if scale == "log":
+                    axis.set_major_formatter(LogFormatter())
+                    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
             axes.legend(fontsize="small")
             axes.grid(alpha=0.3)
             device = result.environment.get("device", "")

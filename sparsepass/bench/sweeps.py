@@ -15,6 +15,7 @@ SWEEPS: dict[str, tuple[float, ...]] = {
     "coverage": (0.8, 0.9, 0.95, 0.98),
     "gamma": (0.8, 0.9, 0.95, 0.98),
     "tau": (0.8, 0.9, 0.95, 0.98),
+    "window": (1024, 4096, 16384),
 }
 """Values of a method's main parameter, by its name, where none are given."""
 

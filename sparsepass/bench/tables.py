@@ -67,7 +67,7 @@ _KERNEL = (
     "note",
 )
 _OP = (
-    "variant", "method", "density_computed", "mass", "time", "range", "select_over_attend", "speedup",
+    "variant", "method", "density_computed", "columns", "mass", "time", "range", "select_over_attend", "speedup",
     "error_over_dense", "note",
 )  # fmt: skip
 _MODEL = ("variant", "time", "range", "first_call_s", "peak_gib", "speedup", "error", "note")
