@@ -20,6 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsepass.crossover_table import (
     Curve,
     Points,
@@ -31,6 +33,7 @@ from sparsepass.crossover_table import (
     parse_records,
     plain_dtype,
 )
+from sparsepass.environment import cpu_name
 from sparsepass.errors import OptionError
 from sparsepass.kernels.tuned import TUNING_ENV, named_by_user, read_json, tuning_file, warn_once
 
@@ -59,10 +62,12 @@ def sparse_wins(
 ) -> Verdict:
     """Whether the sparse path beats the dense kernel.
 
-    ``device_name`` as ``torch.cuda.get_device_name`` gives it (any text for a CPU), ``dtype`` as ``str(torch.dtype)``
+    ``device_name`` as ``torch.cuda.get_device_name`` gives it (``cpu`` for this machine's), ``dtype`` as ``str(torch.dtype)``
     with or without ``torch.``, ``length`` in key tokens, ``density`` the mean over the heads. Raises ``OptionError`` if
     the file that ``SPARSEPASS_TUNING`` names cannot be read.
     """
+    if device_type == "cpu" and device_name == "cpu":
+        device_name = cpu_name()
     return _verdict(current_table(), device_name, device_type, plain_dtype(dtype), head_dim, length, density)
 
 
@@ -111,8 +116,10 @@ def _candidates(
     return (known if larger and dtype in dtypes else known + fallback), basis
 
 
-def provenance(device_name: str, device_type: str) -> str:
+def provenance(device: torch.device) -> str:
     """Which table decides for a device, and when it was measured: a sentence for reports. Raises ``OptionError``."""
+    device_type = device.type
+    device_name = torch.cuda.get_device_name(device) if device_type == "cuda" else cpu_name()
     table = current_table()
     mine = _of_device(table, device_name, device_type)
     if mine:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass import counters, dynamo, record
+from sparsepass import counters, crossover, dynamo, record
 from sparsepass import options as options_module
 from sparsepass.canon import value
 from sparsepass.ops import prepare
@@ -86,6 +86,8 @@ class CompiledGraph:
         self.compile_seconds = 0.0
         self.runs = 0
         self.key = plan.current.key
+        devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
+        self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
         self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
         self._warned = False
 

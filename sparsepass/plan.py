@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsepass import dynamo
-from sparsepass.crossover import Verdict, provenance, sparse_wins
-from sparsepass.environment import cpu_name
+from sparsepass.crossover import Verdict, sparse_wins
 from sparsepass.hints import current_hint, resolve_hint
 from sparsepass.kernels.support import why_not
 from sparsepass.mask import MaskTerms
@@ -56,8 +55,6 @@ class GraphPlan:
     registry_key: str | None
     """Entry of ``plan_keys`` that the graph is guarded on; None where every class gets the same plan."""
     length_guards: tuple[str, ...] = ()
-    measurements: tuple[str, ...] = ()
-    """Sentences: by which measurements sparse was taken to be faster or not, one per device."""
 
     @property
     def current(self) -> Plan:
@@ -92,18 +89,7 @@ def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
         plans[task] = Plan(task, shown, tuple(entries), _key(entries))
     wanted = settings.wanted()
     distinct = len({plan.key for plan in plans.values()}) > 1
-    measurements = () if settings.always_sparse else _measurements(findings, refusals)
-    return GraphPlan(plans, wanted, _register(plans, settings) if distinct else None, guards, measurements)
-
-
-def _measurements(findings: Findings, refusals: dict[int, Skip | None]) -> tuple[str, ...]:
-    used = dict.fromkeys(found.site.device for found in findings.sites if refusals[found.site.index] is None)
-    named = (torch.device(name) for name in used)
-    return tuple(dict.fromkeys(provenance(_device_name(device), device.type) for device in named))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return GraphPlan(plans, wanted, _register(plans, settings) if distinct else None, guards)
 
 
 def _refusal(found: FoundSite) -> Skip | None:
@@ -157,8 +143,9 @@ def _entry_by_length(found: FoundSite, task: TaskClass, settings: Settings) -> P
 def _verdict(found: FoundSite, budget: Budget, bucket: LengthBucket) -> Verdict:
     site = found.site
     device = torch.device(site.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return sparse_wins(
-        device_name=_device_name(device),
+        device_name=name,
         device_type=device.type,
         dtype=site.dtype,
         head_dim=site.head_dim,

@@ -73,7 +73,7 @@ def test_it_measures_writes_and_is_found(home: Path, capsys: pytest.CaptureFixtu
     assert all(record["dtype"] == "float32" and record["head_dim"] == 32 for record in entry["records"])
     assert entry["environment"]["versions"]["torch"] == torch.__version__
     assert tuning_file() == home
-    assert str(home) in provenance(cpu_name(), "cpu")
+    assert str(home) in provenance(CPU)
     assert [curve.source for curve in current_table().curves if curve.device_type == "cpu"] == [str(home)]
     assert entry["measured"] in capsys.readouterr().out
     assert not home.with_name("tuning.json.partial").exists()
@@ -229,15 +229,15 @@ def test_tiles_can_be_forced_while_measuring(home: Path, fake_gpu: torch.device)
 
 
 def test_the_crossover_of_the_file_decides(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = provenance(cpu_name(), "cpu")
+    shipped = provenance(CPU)
     home.write_text(json.dumps(content(device(cpu_name(), 0.5))))
     assert not ask(cpu_name(), 0.1)
     assert "2030-01-02" in ask(cpu_name(), 0.1).reason
-    assert str(home) in provenance(cpu_name(), "cpu")
+    assert str(home) in provenance(CPU)
     home.write_text(json.dumps(content(device(cpu_name(), 2.00))))  # another size: read again
     assert ask(cpu_name(), 0.5)
     monkeypatch.setenv(TUNING_ENV, "off")
-    assert provenance(cpu_name(), "cpu") == shipped
+    assert provenance(CPU) == shipped
 
 
 def test_the_environment_names_another_file(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

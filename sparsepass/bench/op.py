@@ -111,11 +111,11 @@ def _select(bench: Bench, case: Case) -> tuple[BlockLists, Record, Expected] | N
 
 def _same(one: BlockLists, other: BlockLists) -> bool:
     pairs = [(one.kv_num_blocks, one.kv_indices, other.kv_num_blocks, other.kv_indices)]
-    columns = getattr(one, "columns", None), getattr(other, "columns", None)
-    if None not in columns:
-        pairs.append((columns[0].num, columns[0].indices, columns[1].num, columns[1].indices))
-    elif columns != (None, None):
+    columns, other_columns = getattr(one, "columns", None), getattr(other, "columns", None)
+    if (columns is None) != (other_columns is None):
         return False
+    if columns is not None and other_columns is not None:
+        pairs.append((columns.num, columns.indices, other_columns.num, other_columns.indices))
     for num, indices, other_num, other_indices in pairs:
         used = torch.arange(indices.shape[-1], device=indices.device) < num[..., None]
         if not torch.equal(num, other_num) or bool((used & (indices != other_indices)).any()):

@@ -35,7 +35,7 @@ def run(options: TuneOptions) -> int:
     effort = Effort(options.rounds or (2 if options.quick else 5), options.budget_ms or (15 if options.quick else 60))
     left = [point for point in wanted if str(point) not in progress.done]
     if options.dry_run:
-        _list(wanted, left, effort, options, str(out), provenance(environment["device"], device.type))
+        _list(wanted, left, effort, options, str(out), provenance(device))
         return 0
     began = time.monotonic()
     failed: list[str] = []
@@ -66,7 +66,7 @@ def run(options: TuneOptions) -> int:
     progress.clear()
     print(f"Wrote {out}.")
     if out == store.default_out():
-        print(provenance(environment["device"], device.type))
+        print(provenance(device))
     else:
         print(f"To use it: export SPARSEPASS_TUNING={out}")
     return 0
