@@ -62,9 +62,9 @@ def sparse_wins(
 ) -> Verdict:
     """Whether the sparse path beats the dense kernel.
 
-    ``device_name`` as ``torch.cuda.get_device_name`` gives it (``cpu`` for this machine's), ``dtype`` as ``str(torch.dtype)``
-    with or without ``torch.``, ``length`` in key tokens, ``density`` the mean over the heads. Raises ``OptionError`` if
-    the file that ``SPARSEPASS_TUNING`` names cannot be read.
+    ``device_name`` as ``torch.cuda.get_device_name`` gives it (``cpu`` for this machine's), ``dtype`` as
+    ``str(torch.dtype)`` with or without ``torch.``, ``length`` in key tokens, ``density`` the mean over the heads.
+    Raises ``OptionError`` if the file that ``SPARSEPASS_TUNING`` names cannot be read.
     """
     if device_type == "cpu" and device_name == "cpu":
         device_name = cpu_name()

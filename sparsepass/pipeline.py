@@ -86,10 +86,11 @@ class CompiledGraph:
         self.compile_seconds = 0.0
         self.runs = 0
         self.key = plan.current.key
-        devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
-        self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
         self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
         self._warned = False
+        devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
+        self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
+        """By which measurements sparse was taken to be faster or not: a sentence for each device."""
 
     def __call__(self, *args: Any) -> Any:
         if record.ACTIVE:
