@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +352,37 @@ def test_the_command_is_there() -> None:
     for flag in ("--quick", "--dry-run", "--fresh", "--out", "--only"):
         assert flag in shown.output
     assert default_file().name == "tuning.json"
+
+
+TILES_INTERPRETED = """
+import json, sys, torch
+from sparsepass.bench.timing import Effort
+from sparsepass.kernels.spec import AttendTile
+from sparsepass.tune import measure
+from sparsepass.tune.grid import TilePoint
+measure.QUICK_CASES, measure.HEADS, measure.KV_HEADS = ((160, 0.7),), 2, 1
+built_in, other, unfit = AttendTile(64, 64, 8, 3, 64, 1), AttendTile(32, 32, 4, 2, 32, 1), AttendTile(48, 64, 8, 3, 64, 1)
+measure.candidates = lambda *_: [built_in, other, unfit]
+times = {built_in: 2.0, other: 1.0}
+measure.time_variants = lambda runs, *_: {tile: [[times[tile]]] for tile in runs}
+measure.device_name = lambda _: "NVIDIA X"
+outcome = measure.measure_tiles(TilePoint("fp16", 64), torch.device("cpu"), Effort(1, 0), True, print)
+print(json.dumps(outcome))
+"""
+
+
+def test_tiles_are_checked_and_the_fastest_is_chosen() -> None:
+    """Under Triton's interpreter, with times made up; a tile that does not compile is left out, with the reason."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", TILES_INTERPRETED], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["tile"]["tile"]["block_m"] == 32
+    assert (outcome["tile"]["gain"], outcome["tile"]["built_in"]) == (2.0, False)
+    assert [bool(one["fault"]) for one in outcome["tried"]] == [False, False, True]
 
 
 @pytest.mark.gpu

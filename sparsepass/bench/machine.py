@@ -19,7 +19,9 @@ import torch
 from sparsepass.environment import cpu_name, package_version
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-_SMI = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,clocks_event_reasons.active"
+_SMI = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""What holds the clocks down, under its newer and its older name."""
 
 
 def device_name(device: torch.device) -> str:
@@ -98,16 +100,18 @@ def _smi(device: torch.device) -> dict[str, Any]:
     index = torch.cuda.current_device() if device.index is None else device.index
     identity = str(getattr(torch.cuda.get_device_properties(index), "uuid", index))
     chosen = identity if identity.startswith("GPU-") or identity.isdigit() else f"GPU-{identity}"
-    command = [program, f"--query-gpu={_SMI}", "--format=csv,noheader,nounits", f"--id={chosen}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"note": f"nvidia-smi failed: {error}"}
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    names = _SMI.split(",")
-    if done.returncode or len(values) != len(names):
-        return {"note": f"nvidia-smi failed: {(done.stdout + done.stderr).strip()[:200]}"}
-    return {name: _number(value) for name, value in zip(names, values, strict=True)}
+    why = ""
+    for names in ((*_SMI, _REASONS[0]), (*_SMI, _REASONS[1]), _SMI):
+        command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", f"--id={chosen}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return {"note": f"nvidia-smi failed: {error}"}
+        values = [value.strip() for value in done.stdout.strip().split(",")]
+        if done.returncode == 0 and len(values) == len(names):
+            return {name: _number(value) for name, value in zip(names, values, strict=True)}
+        why = (done.stdout + done.stderr).strip()[:200]
+    return {"note": f"nvidia-smi failed: {why}"}
 
 
 def _number(text: str) -> float | str:

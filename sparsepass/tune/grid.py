@@ -104,22 +104,12 @@ _FLOAT = ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (32, 32, 8, 2), (32, 
 
 
 def candidates(dtype: str, head_dim: int, capability: Capability) -> list[AttendTile]:
-    """Tiles to time, the built-in one first. Edge steps and the order of sums are the built-in one's: they decide
-    registers and rounding, and the main loop the time."""
+    """Tiles to time, the built-in one first.
+
+    Steps at the edges and the order of sums stay as they are: they decide registers and rounding, the main loop the time.
+    """
     built_in = attend_tile(DTYPES[dtype], head_dim, capability)
-    main = _FLOAT if dtype == "fp32" else _HALF
-    edges = dict.fromkeys([(built_in.edge_n, built_in.edge_stages), (16, 1)])
     found = [built_in]
-    for block_m, block_n, warps, stages in main:
-        for edge_n, edge_stages in edges:
-            found.append(
-                built_in._replace(
-                    block_m=block_m,
-                    block_n=block_n,
-                    num_warps=warps,
-                    num_stages=stages,
-                    edge_n=edge_n,
-                    edge_stages=edge_stages,
-                )
-            )
+    for block_m, block_n, warps, stages in _FLOAT if dtype == "fp32" else _HALF:
+        found.append(built_in._replace(block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages))
     return list(dict.fromkeys(found))
