@@ -8,7 +8,8 @@ from torch import Tensor
 from sparsepass.bench.problem import Problem
 from sparsepass.errors import OptionError, close_names
 from sparsepass.kernels.blocks import ceil_div
-from sparsepass.kernels.dispatch import BlockLists, select_pooled_topk
+from sparsepass.kernels.dispatch import BlockLists
+from sparsepass.methods import PooledTopK
 
 KINDS = {
     "random": "the first block, the diagonal one and random ones, about as many in every row",
@@ -24,8 +25,8 @@ def make_lists(kind: str, problem: Problem, density: float, block: int, seed: in
     """Lists of a kind at a density (computed share of the visible blocks). Raises ``OptionError`` for the kind."""
     shape = problem.shape
     if kind == "pooled":
-        return select_pooled_topk(
-            problem.query, problem.key, scale=shape.scale, visible=problem.visible, density=density, block=block
+        return PooledTopK(density, block).select(
+            problem.query, problem.key, scale=shape.scale, visible=problem.visible, counter=None
         )
     if kind not in KINDS:
         raise OptionError(f"Unknown kind of lists {kind!r}. {close_names(kind, KINDS)}")

@@ -106,7 +106,8 @@ _FLOAT = ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (32, 32, 8, 2), (32, 
 def candidates(dtype: str, head_dim: int, capability: Capability) -> list[AttendTile]:
     """Tiles to time, the built-in one first.
 
-    Steps at the edges and the order of sums stay as they are: they decide registers and rounding, the main loop the time.
+    Steps at the edges and the order of sums stay as they are: they decide registers and rounding, and the main loop
+    decides the time.
     """
     built_in = attend_tile(DTYPES[dtype], head_dim, capability)
     found = [built_in]
