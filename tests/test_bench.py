@@ -407,12 +407,12 @@ def test_an_implementation_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> Non
         return real(*tensors, **options)
 
     monkeypatch.setattr(dispatch, "block_sparse_attention", attention)
-    monkeypatch.setattr(dispatch, "implementations", lambda device: ("gluon", "triton"), raising=False)
-    assert ours.implementations(CPU) == ("auto", "gluon", "triton")
+    monkeypatch.setattr(dispatch, "implementations", lambda device: ("hopper", "triton"), raising=False)
+    assert ours.implementations(CPU) == ("auto", "hopper", "triton")
     one = problem()
-    ours.check_implementation("gluon", CPU)
-    ours.attend(one, make_lists("full", one, 1.0, 64, 0), "gluon")
-    assert used == ["gluon"]
+    ours.check_implementation("hopper", CPU)
+    ours.attend(one, make_lists("full", one, 1.0, 64, 0), "hopper")
+    assert used == ["hopper"]
 
 
 @pytest.mark.usefixtures("no_new_peers")

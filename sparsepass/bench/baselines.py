@@ -54,7 +54,7 @@ def dense_call(name: str, problem: Problem) -> Call:
     key, value = problem.key, problem.value
     if name == "efficient":
         key, value = problem.repeated()  # it has no grouped queries
-    call = partial(_forced, backend, problem.query, key, value, problem.shape.scale)
+    call = partial(forced_sdpa, backend, problem.query, key, value, problem.shape.scale)
     try:
         call()
     except RuntimeError as error:
@@ -67,7 +67,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
-def _forced(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def forced_sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     with sdpa_kernel(backend):
         return _sdpa(query, key, value, scale)
 

@@ -30,12 +30,11 @@ def run(options: KernelOptions, device: torch.device, result: Result, reporter: 
         if not 0 < density <= 1:
             raise OptionError(f"--densities holds {density}; accepted is a share above 0 and at most 1.")
     check_baselines(options.baselines, (*dense_names(device), *FLEX))
-    names = options.implementations or ours.implementations(device)
-    for name in names:
+    for name in options.implementations:
         ours.check_implementation(name, device)
     if options.peer_file is not None:
         load_peers(options.peer_file)
-    return measure(result, options, device, reporter, partial(_add_variants, options, names))
+    return measure(result, options, device, reporter, partial(_add_variants, options))
 
 
 def check_baselines(given: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -45,7 +44,7 @@ def check_baselines(given: tuple[str, ...], known: tuple[str, ...]) -> None:
             raise OptionError(f"--baselines {name!r} is not known. {close_names(name, ('none', *known))}")
 
 
-def _add_variants(options: KernelOptions, names: tuple[str, ...], bench: Bench, reporter: Reporter) -> None:
+def _add_variants(options: KernelOptions, bench: Bench, reporter: Reporter) -> None:
     problem, shape = bench.problem, bench.problem.shape
     densities = options.densities or DENSITIES
     cases = [(kind, density) for kind in options.lists for density in ((1.0,) if kind == "full" else densities)]
@@ -71,13 +70,14 @@ def _add_variants(options: KernelOptions, names: tuple[str, ...], bench: Bench, 
             "flops": flops,
             "flops_visible": needed,
         }
-        for name in names:
+        chosen = ours.kernel_that_runs(problem, lists)
+        others = tuple(name for name in ours.implementations(problem.device) if name != chosen)
+        for name in options.implementations or others:
             variant = "sparsepass" if name == ours.AUTO else f"sparsepass {name}"
             call = partial(ours.attend, problem, lists, name)
             record = bench.try_out({"variant": variant, **common}, lambda call=call: call, expected)  # type: ignore[misc]
-            ran = ours.kernel_that_ran(problem, lists) if name == ours.AUTO else name
-            if ran:
-                record["kernel"] = ran
+            if chosen:
+                record["kernel"] = chosen if name == ours.AUTO else name
             if options.graphs and problem.device.type == "cuda" and record.get("correct"):
                 bench.try_out(
                     {"variant": f"{variant}, graph", **common},

@@ -117,7 +117,7 @@ class Shapes(Machine):
     inputs: str = option("random", "What the tensors hold.", choices=("random", "structured"))
 
 
-_IMPLEMENTATIONS = "Of our attention: auto, or names such as gluon, triton; default: all that can be forced here."
+_IMPLEMENTATIONS = "Kernels of our attention: auto, or by name, as hopper and triton. Default: every one."
 _BASELINES = (
     "Of the dense kernels (cudnn, flash, efficient; on the CPU sdpa, sdpa_repeated), flex and flex_autotune; 'none' "
     "for none. Default: all but flex_autotune, and efficient for fp32 alone."
@@ -157,7 +157,7 @@ class SelectionOptions(Shapes):
 class OpOptions(SelectionOptions):
     """``sparsepass bench op``."""
 
-    implementations: tuple[str, ...] = option(("auto",), _IMPLEMENTATIONS, "Variants")
+    implementations: tuple[str, ...] = option(("auto",), "Kernels of our attention, as for bench kernel.", "Variants")
     baselines: tuple[str, ...] = option((), "Of the dense kernels, as for bench kernel; 'none' for none.", "Variants")
     peer_file: Path | None = option(None, "Python file that calls sparsepass.bench.register_peer.", "Variants")
 

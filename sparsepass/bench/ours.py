@@ -20,35 +20,41 @@ AUTO = "auto"
 
 def implementations(device: torch.device) -> tuple[str, ...]:
     """Names that ``implementation=`` of the attention takes on a device, ``auto`` first."""
+    return (AUTO, *(name for name in _names(device) if name != AUTO))
+
+
+def _names(device: torch.device) -> tuple[str, ...]:
     listed = getattr(dispatch, "implementations", None)
-    names: tuple[str, ...] = tuple(listed(device)) if listed is not None else ()
-    return (AUTO, *(name for name in names if name != AUTO))
+    if listed is not None:
+        return tuple(listed(device))
+    if device.type == "cuda":
+        from sparsepass.kernels import attend_triton
+
+        return tuple(getattr(attend_triton, "IMPLEMENTATIONS", ()))
+    return ()
 
 
 def check_implementation(name: str, device: torch.device) -> None:
     """Raises ``OptionError`` if the attention cannot be forced to this implementation here."""
-    if name == AUTO or "implementation" in inspect.signature(dispatch.block_sparse_attention).parameters:
-        return
-    raise OptionError(
-        f"The implementation {name!r} cannot be forced: this version picks the kernel by itself. "
-        f"{close_names(name, implementations(device))}"
-    )
+    known = implementations(device)
+    if name not in known:
+        raise OptionError(f"--implementations {name!r} cannot be forced on {device.type}. {close_names(name, known)}")
 
 
 def attend(problem: Problem, lists: BlockLists, implementation: str = AUTO, counter: Tensor | None = None) -> Tensor:
-    """Attention over given lists."""
-    forced: dict[str, Any] = {} if implementation == AUTO else {"implementation": implementation}
-    out, _ = dispatch.block_sparse_attention(
-        problem.query,
-        problem.key,
-        problem.value,
-        lists,
-        scale=problem.shape.scale,
-        visible=problem.visible,
-        counter=counter,
-        **forced,
-    )
-    return out
+    """Attention over given lists. Raises ``KernelInputError`` if the implementation named does not take them."""
+    tensors = (problem.query, problem.key, problem.value)
+    options: dict[str, Any] = {"scale": problem.shape.scale, "counter": counter}
+    if implementation == AUTO:
+        return dispatch.block_sparse_attention(*tensors, lists, visible=problem.visible, **options)[0]
+    options["implementation"] = implementation
+    if "implementation" in inspect.signature(dispatch.block_sparse_attention).parameters:
+        return dispatch.block_sparse_attention(*tensors, lists, visible=problem.visible, **options)[0]
+    from sparsepass.kernels.attend_triton import block_sparse_attention_cuda
+
+    blocks: dict[str, Any] = {"q_block": lists.q_block, "kv_block": lists.kv_block}
+    masks = problem.visible.arguments()
+    return block_sparse_attention_cuda(*tensors, lists.kv_num_blocks, lists.kv_indices, **masks, **blocks, **options)[0]
 
 
 def select(problem: Problem, method: Method, counter: Tensor | None = None) -> BlockLists:
@@ -63,12 +69,20 @@ def operator(problem: Problem, method: Method, implementation: str = AUTO, count
     return attend(problem, select(problem, method, counter), implementation, counter)
 
 
-def kernel_that_ran(problem: Problem, lists: BlockLists) -> str:
-    """Name of the kernel that the dispatcher takes for these inputs, empty where it does not say."""
-    asked = getattr(dispatch, "kernel_name", None)
-    if asked is None:
+def kernel_that_runs(problem: Problem, lists: BlockLists) -> str:
+    """Name of the kernel that the dispatcher takes for these inputs, empty where it has no choice."""
+    if problem.device.type != "cuda":
         return ""
     try:
-        return str(asked(problem.query, problem.key, problem.value, lists, visible=problem.visible))
-    except TypeError:
+        from sparsepass.kernels import attend_hopper
+    except ImportError:
         return ""
+    reason = attend_hopper.why_not(
+        problem.query,
+        problem.key,
+        problem.value,
+        scale=problem.shape.scale,
+        q_block=lists.q_block,
+        kv_block=lists.kv_block,
+    )
+    return "triton" if reason else "hopper"

@@ -50,6 +50,7 @@ def check_attention(
     max_batch: int = 2,
     groups: Sequence[int] = (1, 2, 3),
     bands: Sequence[str] | None = None,
+    offsets: bool | None = None,
     layouts: Sequence[str] = LAYOUTS,
     segments: Sequence[str] | None = None,
     lists: Sequence[str] = LISTS,
@@ -63,9 +64,10 @@ def check_attention(
     ``kernel(q, k, v, kv_num_blocks, kv_indices, *, ...)``, tensors as in ``Inputs``, or ``kernel(q, k, v, *,
     block_mask)``, returning the output [B, H, Sq, Dv], or it and the log-sum-exp. The names of its other arguments say
     what it can do (``calling.ACCEPTED``): without ``kv_segments`` no padding is tried, without ``left`` no window,
-    without ``offset`` as many queries as keys. The limits narrow it further: ``bands`` of ``strategies.BANDS``,
-    ``layouts``, ``segments``, ``lists`` and ``shared_lists`` of the constants of those names. ``nonfinite`` demands
-    that infinite and NaN tokens reach only the rows that see them, which many kernels in use do not keep.
+    without ``offset`` as many queries as keys. The limits narrow it further: ``bands`` of ``strategies.BANDS``;
+    ``layouts``, ``segments``, ``lists`` and ``shared_lists`` of the constants of those names; ``offsets=False`` for
+    queries that start at key 0. ``nonfinite`` demands that infinite and NaN tokens reach only the rows that see them,
+    which many kernels in use do not keep.
 
     Checked for each case: error at most twice that of dense attention in the same dtype (plus one rounding), 0 where
     nothing is visible, the log-sum-exp where there is one, outputs written whole, inputs left alone, nothing kept from
@@ -73,7 +75,7 @@ def check_attention(
     Raises ``AssertionError`` that names the case; ``check_case`` replays it. ``KernelInputError`` for wrong arguments.
     """
     call = Signature(kernel)
-    kinds, left_out = _kinds(call, blocks, bands, segments)
+    kinds, left_out = _kinds(call, blocks, bands, offsets, segments)
     kinds |= {
         "dtypes": tuple(dtypes),
         "head_dims": tuple(head_dims),
@@ -97,9 +99,9 @@ def check_attention(
             for name, case in list(corners.items())
             if solid and not name.startswith(("layout", "scale"))
         }
+    _check_repeated(call, corners["plain"], device)
     for name, case in corners.items():
         _named(call, name, case, device)
-    _check_repeated(call, corners["plain"], device)
 
     quiet = settings(
         max_examples=examples,
@@ -172,6 +174,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _check_repeated(call: Signature, case: Case, device: torch.device | str) -> None:
     """A second call on other data neither changes the first output nor sees what the first call left."""
+    _named(call, "plain", case, device)
     first_inputs = case.tensors(device)
     first, _ = call(first_inputs)
     _named(call, "a second call", replace(case, seed=case.seed + 1, lists="empty_rows"), device)
@@ -182,7 +185,11 @@ def _check_repeated(call: Signature, case: Case, device: torch.device | str) -> 
 
 
 def _kinds(
-    call: Signature, blocks: Sequence[int], bands: Sequence[str] | None, segments: Sequence[str] | None
+    call: Signature,
+    blocks: Sequence[int],
+    bands: Sequence[str] | None,
+    offsets: bool | None,
+    segments: Sequence[str] | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What the arguments of a kernel let it be asked, as arguments of ``cases``; and what they rule out, and why."""
     takes = call.takes
@@ -211,10 +218,11 @@ def _kinds(
         raise KernelInputError(
             f"{', '.join(sorted(unknown))}: accepted bands are {', '.join(BANDS)}; segments {', '.join(SEGMENTS)}."
         )
-    offsets = by_mask or "offset" in takes
+    if offsets is None:
+        offsets = by_mask or "offset" in takes
+        if not offsets:
+            left_out.append("queries at another place than their keys (no argument offset)")
     same_length = not offsets and set(bands) != {"full"}
-    if not offsets:
-        left_out.append("queries at another place than their keys (no argument offset)")
     if "scale" not in takes:
         left_out.append("scales but head_dim^-0.5 (no argument scale)")
     sides = {"q_block", "kv_block"} <= takes or by_mask

@@ -23,7 +23,7 @@ SPAN = (48, 1024)
 """Shortest and longest stretch of one topic, in tokens (log-uniform between; a text has at least eight stretches)."""
 
 TOPIC_LOGIT, NOISE_LOGIT = 7.0, 1.0
-"""Score of a key that states a query's topic fully, and the standard deviation of the part that means nothing."""
+"""Score of a key that states a query's topic fully; standard deviation of what scores hold beside any structure."""
 
 ELSEWHERE = 0.2
 """Share of queries that ask for a topic other than their own stretch's: a block's mean query hides them."""
@@ -31,6 +31,7 @@ ELSEWHERE = 0.2
 FLAT = 0.15
 """A diffuse head's scores are this times those of the others."""
 
+_KEY_NOISE = 1.0 / TOPIC_LOGIT  # times the topic's part of a query: a standard deviation of 1
 _KEY_GAIN = 2.5  # queries and keys get entries of about the same size, near 1
 _SAMPLED_ROWS = 32
 
@@ -87,11 +88,11 @@ def structured_inputs(
     layout = torch.stack([_stretches(length, topics, draw) for _ in range(batch * kv_heads)])
     layout = layout.view(batch, kv_heads, length).to(device)
 
-    group = heads // kv_heads
+    group, unit = heads // kv_heads, math.sqrt(math.sqrt(head_dim))
     for item in range(batch):
         for kv_head in range(kv_heads):
             text = _Text(layout[item, kv_head], topics, head_dim, draw, noise)
-            key[item, :, kv_head] = text.key * _KEY_GAIN * head_dim**0.25
+            key[item, :, kv_head] = text.key * (_KEY_GAIN * unit)
             value[item, :, kv_head] = text.values(noise)
             for head in range(kv_head * group, (kv_head + 1) * group):
                 near, first = (float(shares[head, part]) * mean for part, mean in ((0, local), (1, sink)))
@@ -103,9 +104,9 @@ def structured_inputs(
                     rows=rows,
                     noise=noise,
                 )
-                query[item, :, head] = made * (head_dim**0.25 / _KEY_GAIN)
-    views = (x.transpose(1, 2) for x in (query, key, value))
-    return StructuredInputs(*views, scale=head_dim**-0.5, topics=layout, diffuse=flat)
+                query[item, :, head] = made * (unit / _KEY_GAIN)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return StructuredInputs(q, k, v, 1 / math.sqrt(head_dim), layout, flat.to(device))
 
 
 class _Text:
@@ -114,10 +115,10 @@ class _Text:
     def __init__(
         self, topics: Tensor, count: int, head_dim: int, draw: torch.Generator, noise: torch.Generator
     ) -> None:
-        self.topics, self.count = topics, count
+        self.topics, self.count, self.head_dim = topics, count, head_dim
         self.length, self.device = topics.shape[0], topics.device
         # A rotation, so that no coordinate means anything by itself. Its columns: sink, place, topic.
-        basis = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=draw))[0].to(self.device)
+        basis: Tensor = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=draw))[0].to(self.device)
         places = head_dim // 8
         self.sink_direction = basis[:, 0]
         self.place = self._places(places, draw) @ basis[:, 1 : 1 + 2 * places].T
@@ -129,14 +130,11 @@ class _Text:
         # Most tokens only hint at their topic, few state it: a mean over a block sees the many.
         stated = torch.rand(self.length, 1, generator=noise, device=self.device)
         self.key = self.place + self.meaning[topics] * (0.25 + 0.95 * stated**8)
-        self.key += self._noise(noise)
+        self.key += self._noise(_KEY_NOISE, noise)
         self.key[:SINK_TOKENS] = self.sink_direction
 
-    def _noise(self, noise: torch.Generator) -> Tensor:
-        shape = (self.length, self.sink_direction.shape[0])
-        # Query times key noise: head_dim products of two such numbers have the standard deviation NOISE_LOGIT.
-        size = math.sqrt(NOISE_LOGIT) * shape[1] ** -0.25
-        part = torch.randn(shape, generator=noise, device=self.device) * size
+    def _noise(self, size: float, noise: torch.Generator) -> Tensor:
+        part = torch.randn(self.length, self.head_dim, generator=noise, device=self.device) * size
         # Nothing along the sink's direction, or its large factor in the queries would amplify it.
         return part - (part @ self.sink_direction)[:, None] * self.sink_direction
 
@@ -146,16 +144,16 @@ class _Text:
         exponent = (torch.arange(count) + torch.rand(count, generator=draw)) / count
         turns = (0.25 * (4.0 / 4096.0) ** exponent.double()).to(self.device)
         angle = torch.arange(self.length, dtype=torch.float64, device=self.device)[:, None] * turns
-        return (torch.cat((angle.cos(), angle.sin()), dim=1) * count**-0.5).float()
+        return (torch.cat((angle.cos(), angle.sin()), dim=1) / math.sqrt(count)).float()
 
     def query(
         self, *, topic: float, near: float, sink: float, flat: bool, rows: Tensor, noise: torch.Generator
     ) -> Tensor:
         """Queries [S, D] whose mass on near tokens and on the sink is fitted on the given ``rows``."""
-        asked = self.topics.clone()
         other = torch.randint(self.count, (self.length,), generator=noise, device=self.device)
         wander = torch.rand(self.length, generator=noise, device=self.device) < ELSEWHERE
-        content = self.meaning[torch.where(wander, other, asked)] * topic + self._noise(noise)
+        content = self.meaning[torch.where(wander, other, self.topics)] * topic
+        content += self._noise(NOISE_LOGIT / (_KEY_NOISE * math.sqrt(self.head_dim)), noise)
         if flat:
             return (content + self.place * 3.0) * FLAT
 
@@ -180,7 +178,7 @@ class _Text:
 
     def values(self, noise: torch.Generator) -> Tensor:
         """Values [S, D]: the topic's, and as much that is the token's own. The sink's are near zero, as in models."""
-        own = torch.randn(self.length, self.value_of_topic.shape[1], generator=noise, device=self.device)
+        own = torch.randn(self.length, self.head_dim, generator=noise, device=self.device)
         value = self.value_of_topic[self.topics] + own
         value[:SINK_TOKENS] *= 0.05
         return value

@@ -52,4 +52,4 @@ def block_mask_of(visible: Tensor, q_block: int, kv_block: int) -> BlockMask:
 
 def _flex_lists(named: Tensor) -> tuple[Tensor, Tensor]:
     """Lists as FlexAttention makes them: the entries past a row's count are the blocks left out, not junk."""
-    return named.sum(-1).int(), named.int().argsort(-1, descending=True, stable=True).int()
+    return named.sum(-1).int(), named.int().argsort(dim=-1, descending=True, stable=True).int()

@@ -55,7 +55,7 @@ def poisoned_empty() -> Iterator[None]:
     A kernel that leaves part of its output or of a buffer unwritten then shows it. Not seen: names imported from torch
     before (``from torch import empty``), and allocations in C++; ``leave_stale`` is for these.
     """
-    places = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    places: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     places += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
     originals = [getattr(owner, name) for owner, name in places]
 

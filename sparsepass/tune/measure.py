@@ -86,9 +86,17 @@ def measure_crossover(
 
 
 def measure_tiles(
-    point: TilePoint, device: torch.device, effort: Effort, quick: bool, say: Callable[[str], None]
+    point: TilePoint,
+    device: torch.device,
+    effort: Effort,
+    quick: bool,
+    say: Callable[[str], None],
+    anyway: bool = False,
 ) -> dict[str, Any]:
-    """The ``tile`` that is fastest over some shapes, and the times of all (``tried``). CUDA only."""
+    """The ``tile`` that is fastest over some shapes, and the times of all (``tried``). CUDA only.
+
+    Nothing, where a kernel without tiles to choose is the one that runs, unless ``anyway``.
+    """
     from sparsepass.kernels.attend_triton import attend_launches
     from sparsepass.kernels.launch import run_all
 
@@ -100,6 +108,9 @@ def measure_tiles(
         shape = Shape(1, HEADS, KV_HEADS, length, point.head_dim, point.dtype)
         problem = make_problem(shape, device, effort.seed)
         lists = make_lists("random", problem, density, 128, effort.seed)
+        if not anyway and ours.kernel_that_runs(problem, lists) not in ("", "triton"):
+            say(f"{point}: left alone, another kernel runs here")
+            return {}
         sample = Sample(problem, effort.seed, pairs=3, rows=6)
         expected = sample.expected(lists)
         runs: dict[AttendTile, Run] = {}
@@ -120,6 +131,7 @@ def measure_tiles(
                     return_lse=False,
                     counter=None,
                     tile=tile,
+                    implementation="triton",
                 )
                 run_all(launches, device)
                 check = sample.compare(out, expected)

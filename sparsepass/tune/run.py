@@ -81,7 +81,7 @@ def _measure(
     bars: Reporter,
 ) -> dict[str, Any]:
     if isinstance(point, TilePoint):
-        return measure_tiles(point, device, effort, options.quick, bars.say)
+        return measure_tiles(point, device, effort, options.quick, bars.say, anyway=options.only == "tiles")
     # The crossover is that of the tiles just chosen: the file in force is not asked while it is being replaced.
     tiles = [outcome["tile"] for outcome in progress.done.values() if "tile" in outcome]
     force_tiles({(one["dtype"], one["head_dim"]): parse_tile(one["tile"]) for one in tiles})
