@@ -52,9 +52,9 @@ def attend(problem: Problem, lists: BlockLists, implementation: str = AUTO, coun
         return dispatch.block_sparse_attention(*tensors, lists, visible=problem.visible, **options)[0]
     from sparsepass.kernels.attend_triton import block_sparse_attention_cuda
 
-    blocks: dict[str, Any] = {"q_block": lists.q_block, "kv_block": lists.kv_block}
-    masks = problem.visible.arguments()
-    return block_sparse_attention_cuda(*tensors, lists.kv_num_blocks, lists.kv_indices, **masks, **blocks, **options)[0]
+    options |= {**problem.visible.arguments(), "q_block": lists.q_block, "kv_block": lists.kv_block}
+    query, key, value = tensors
+    return block_sparse_attention_cuda(query, key, value, lists.kv_num_blocks, lists.kv_indices, **options)[0]
 
 
 def select(problem: Problem, method: Method, counter: Tensor | None = None) -> BlockLists:

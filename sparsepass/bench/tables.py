@@ -40,7 +40,7 @@ def tables(result: Result) -> Iterable[tuple[str, Row, list[Row]]]:
             [
                 (
                     ", ".join(str(fit[name]) for name in SHAPE),
-                    fit.get("method_name", "") or fit["variant"],
+                    ", ".join(filter(None, (fit["variant"], fit.get("method_name", "")))),
                     str(fit.get("lists") or ""),
                     f"{fit['slope_ms']:.4g}",
                     f"{fit['constant_ms']:.4g}",
