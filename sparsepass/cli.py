@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from sparsepass.cli_bench import add_commands
 from sparsepass.cli_policy import policy_app
 from sparsepass.errors import OptionError, SparsepassError, close_names
 
@@ -42,6 +43,7 @@ app = typer.Typer(
     help="Block-sparse attention by torch.compile, with budgets that follow the task and the length.",
 )
 app.add_typer(policy_app, name="policy")
+add_commands(app)
 
 
 class Attention(StrEnum):

@@ -101,6 +101,7 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
     if graph.plan.registry_key is None and sites:
         why = "every task class gets the same plan" if graph.findings.prefill else "decode sites stay dense"
         notes.append(f"No hint guard: {why}.")
+    notes += graph.measurements
     return GraphReport(
         index=index,
         name=f"graph {index}",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass import counters, dynamo, record
+from sparsepass import counters, crossover, dynamo, record
 from sparsepass import options as options_module
 from sparsepass.canon import value
 from sparsepass.ops import prepare
@@ -88,6 +88,9 @@ class CompiledGraph:
         self.key = plan.current.key
         self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
         self._warned = False
+        devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
+        self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
+        """By which measurements sparse was taken to be faster or not: a sentence for each device."""
 
     def __call__(self, *args: Any) -> Any:
         if record.ACTIVE:
