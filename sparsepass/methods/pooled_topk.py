@@ -27,6 +27,7 @@ class PooledTopK(Method):
     """
 
     name: ClassVar[str] = "pooled_topk"
+    dial: ClassVar[str | None] = "density"
     density: float
     block: int | None = None
     head_densities: tuple[float, ...] | None = None
@@ -63,11 +64,14 @@ class PooledTopK(Method):
         scale: float,
         visible: Visible,
         counter: torch.Tensor | None,
+        dial: torch.Tensor | None = None,
     ) -> BlockLists:
         from sparsepass.kernels.dispatch import select_pooled_topk
 
         density: float | torch.Tensor = self.density
-        if self.head_densities is not None:
+        if dial is not None:
+            density = dial
+        elif self.head_densities is not None:
             density = per_head(self.head_densities, query.device)
         return select_pooled_topk(
             query,
