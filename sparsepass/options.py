@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsepass import dynamo
+from sparsepass.entries import Settings
 from sparsepass.errors import OptionError, close_names
 from sparsepass.hints import resolve_hints
-from sparsepass.entries import Settings
 from sparsepass.policy import resolve_policy
 
 PREFIX = "sparsepass."
@@ -20,7 +20,7 @@ INDUCTOR = "sparsepass.inductor"
 
 KNOWN: dict[str, str] = {
     POLICY: "a Policy, the path of a policy file, or 'prior' (default: $SPARSEPASS_POLICY, else the prior)",
-    TASK: "the hint (or the list of one per row) that holds where no sparsepass.task(...) is in force (default: none, the hardest class)",
+    TASK: "the hint (or a list, one per row) where no sparsepass.task(...) is in force (default: the hardest)",
     ALWAYS_SPARSE: "True: sparse wherever the policy says so, even where it was measured to be slower",
     INDUCTOR: "False: run the rewritten graph as it is, without Inductor (for inspection and tests)",
 }

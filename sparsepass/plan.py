@@ -71,8 +71,7 @@ def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
         ]
     )
     plans: dict[TaskClass | Rows, Plan] = {
-        task: Plan(task, shown, tuple(entries), table.key(task))
-        for task, entries in zip(TASKS, by_class, strict=True)
+        task: Plan(task, shown, tuple(entries), table.key(task)) for task, entries in zip(TASKS, by_class, strict=True)
     }
     wanted = settings.wanted()
     task = alike(wanted) or wanted

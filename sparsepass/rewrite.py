@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparsepass.canon import value
+from sparsepass.entries import budget_text, by_row
+from sparsepass.hints import parse_hint_text
 from sparsepass.mask import MaskTerms
 from sparsepass.match import Attention, same_size, shape
 from sparsepass.ops import SPARSE_ATTENTION, default_scale
-from sparsepass.entries import budget_text, by_row
-from sparsepass.hints import parse_hint_text
 from sparsepass.sites import FoundSite
 from sparsepass.types import Align, PlanEntry, Rows
 

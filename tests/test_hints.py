@@ -18,6 +18,7 @@ from sparsepass.errors import HintError
 from sparsepass.hints import NODE_KEY, TaskHint, current_task, resolve_hint, task
 from sparsepass.types import TaskClass
 
+InForce = TaskClass | tuple[TaskClass, ...]
 NAMES = [str(member) for member in TaskClass]
 
 
@@ -99,7 +100,7 @@ def test_any_nesting_restores(tree: Any) -> None:
 def test_one_scope_object_on_many_threads() -> None:
     scope, barrier = task("single_qa"), threading.Barrier(4)
 
-    def serve(index: int) -> list[TaskClass]:
+    def serve(index: int) -> list[InForce]:
         seen = [current_task()]
         with task(NAMES[index]):
             barrier.wait()
@@ -120,18 +121,18 @@ def test_asyncio_tasks_do_not_see_each_other() -> None:
     scope = task("aggregation")
 
     @task("multi_qa")
-    async def decorated() -> TaskClass:
+    async def decorated() -> InForce:
         await asyncio.sleep(0)
         return current_task()
 
-    async def block(name: str) -> TaskClass:
+    async def block(name: str) -> InForce:
         with task(name), scope:
             await asyncio.sleep(0)
         with task(name):
             await asyncio.sleep(0)
             return current_task()
 
-    async def main() -> list[TaskClass]:
+    async def main() -> list[InForce]:
         return list(await asyncio.gather(block("dense"), decorated(), block("single_qa"), block("multi_hop")))
 
     assert inspect.iscoroutinefunction(decorated)
@@ -140,7 +141,7 @@ def test_asyncio_tasks_do_not_see_each_other() -> None:
 
 def test_decorated_functions_keep_name_and_hint() -> None:
     @task("single_qa")
-    def forward(x: int, *, y: int = 1) -> tuple[int, TaskClass]:
+    def forward(x: int, *, y: int = 1) -> tuple[int, InForce]:
         """Doc."""
         return x + y, current_task()
 
@@ -152,7 +153,7 @@ def test_decorated_functions_keep_name_and_hint() -> None:
 
 def test_decorated_callable_object_with_async_call() -> None:
     class Served:
-        async def __call__(self) -> TaskClass:
+        async def __call__(self) -> InForce:
             await asyncio.sleep(0)
             return current_task()
 
@@ -160,7 +161,7 @@ def test_decorated_callable_object_with_async_call() -> None:
 
 
 def test_decorated_generator_hints_its_body_and_not_its_consumer() -> None:
-    closed: list[TaskClass] = []
+    closed: list[InForce] = []
 
     @task("single_qa")
     def stream() -> Generator[Any, Any, str]:
@@ -194,10 +195,10 @@ def test_decorated_generator_hints_its_body_and_not_its_consumer() -> None:
 
 
 def test_decorated_async_generator() -> None:
-    closed: list[TaskClass] = []
+    closed: list[InForce] = []
 
     @task("multi_qa")
-    async def stream() -> AsyncIterator[TaskClass]:
+    async def stream() -> AsyncIterator[InForce]:
         try:
             for _ in range(3):
                 await asyncio.sleep(0)
@@ -205,7 +206,7 @@ def test_decorated_async_generator() -> None:
         finally:
             closed.append(current_task())
 
-    async def main() -> list[TaskClass]:
+    async def main() -> list[InForce]:
         seen = []
         async for item in stream():
             seen += [item, current_task()]

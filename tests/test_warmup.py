@@ -15,7 +15,8 @@ from sparsepass.errors import HintError
 from sparsepass.types import TaskClass
 from sparsepass.warmup import WarmupError, WarmupResult, warmup
 
-Call = tuple[TaskClass, dict[str, Any], bool]
+InForce = TaskClass | tuple[TaskClass, ...]
+Call = tuple[InForce, dict[str, Any], bool]
 
 
 class Fake:
@@ -24,7 +25,7 @@ class Fake:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, compiles: bool = True, count: int = 0) -> None:
         self.calls: list[Call] = []
         self.count, self.compiles = count, compiles
-        self.seen: set[tuple[TaskClass, int]] = set()
+        self.seen: set[tuple[InForce, int]] = set()
         monkeypatch.setattr(dynamo, "compile_count", lambda: self.count)
 
     def __call__(self, **inputs: Any) -> None:

@@ -62,9 +62,7 @@ class RowBudgets:
         cap = make_method(self.cap)
         held = {one.task: make_method(one.budget) for one in self.classes}
         every = (type(cap).dial_at_all,) * heads
-        return tuple(
-            every if (method := held.get(task, cap)).computes_all else method.dials(heads) for task in TASKS
-        )
+        return tuple(every if (method := held.get(task, cap)).computes_all else method.dials(heads) for task in TASKS)
 
 
 def is_row_text(text: str) -> bool:
