@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.support import default_block, why_not
+from sparsepass.kernels.support import why_not
 
 UNBOUNDED = -1
 
@@ -53,51 +53,6 @@ class BlockLists:
     kv_block: int
 
 
-def select_pooled_topk(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    scale: float,
-    visible: Visible,
-    density: float | torch.Tensor,
-    max_density: float | None = None,
-    block: int | None = None,
-    counter: torch.Tensor | None = None,
-) -> BlockLists:
-    """Pooled block top-k (The Sparse Frontier, arXiv 2504.17768) for query [B, H, Sq, D] and key [B, Hkv, Skv, D].
-
-    ``density``: share of the visible blocks to keep, or a float32 tensor [B or 1, H] of shares on the device, at most
-    ``max_density``. ``block``: tokens per block, 64 or 128; None for the device's default. ``counter``: int64 [3] on
-    the device; the number of visible blocks is added to its last entry. No host synchronization.
-    Raises ``KernelInputError``.
-    """
-    _check(query, key, key)
-    size = default_block(query.device) if block is None else block
-    if size not in (64, 128):
-        raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
-    select: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    if query.device.type == "cuda":
-        from sparsepass.kernels.select_triton import select_blocks_cuda
-
-        select = select_blocks_cuda
-    else:
-        from sparsepass.kernels.cpu import select_blocks_cpu
-
-        select = select_blocks_cpu
-    num, indices = select(
-        query,
-        key,
-        scale=scale,
-        **visible.arguments(),
-        q_block=size,
-        kv_block=size,
-        density=density,
-        max_density=max_density,
-        counter=counter,
-    )
-    return BlockLists(num, indices, size, size)
-
-
 def block_sparse_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -116,7 +71,7 @@ def block_sparse_attention(
     sees nothing gives 0 and -inf. ``counter``: int64 [3] on the device; a launch and the listed blocks are added to
     its first two entries. No host synchronization. Raises ``KernelInputError``.
     """
-    _check(query, key, value)
+    check_inputs(query, key, value)
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     if query.device.type == "cuda":
         from sparsepass.kernels.attend_triton import block_sparse_attention_cuda
@@ -142,7 +97,8 @@ def block_sparse_attention(
     return out, lse if return_lse else None
 
 
-def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raises ``KernelInputError`` unless the kernels of the tensors' device take query, key and value together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise KernelInputError(f"{name} has shape {tuple(tensor.shape)}; accepted is [batch, heads, length, size].")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import UNBOUNDED, BlockLists, Visible, block_sparse_attention, select_pooled_topk
+from sparsepass.kernels.dispatch import UNBOUNDED, BlockLists, Visible, block_sparse_attention
+from sparsepass.kernels.dispatch_select import select_pooled_topk
 from sparsepass.ops import default_scale
 
 if TYPE_CHECKING:

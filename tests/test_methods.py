@@ -3,13 +3,17 @@
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import KernelInputError, PolicyError
+from sparsepass.kernels.dispatch import Visible
 from sparsepass.methods import (
     METHODS,
     Dense,
@@ -56,6 +60,51 @@ def test_round_trips(method_type: type[Method]) -> None:
         assert hash(method) == hash(make_method(budget))
 
     check()
+
+
+@pytest.mark.parametrize("method_type", [one for one in METHODS if one.dial is not None])
+def test_cap_computes_as_much_as_each(method_type: type[Method]) -> None:
+    @settings(deadline=None)
+    @given(SAMPLES[method_type], SAMPLES[method_type], st.booleans())
+    def check(one: Method, other: Method, dense: bool) -> None:
+        dial = str(method_type.dial)
+        other = replace(one.uniform(), **{dial: getattr(other.uniform(), dial)})  # type: ignore[type-var]
+        cap = method_type.cap([one, other, *([Dense()] if dense else [])])
+        (most,) = set(cap.dials(3))
+        distance = [abs(method_type.dial_at_all - value) for value in (most, *one.uniform().dials(1), *other.dials(1))]
+        assert distance[0] == (0 if dense else min(distance))
+        assert replace(cap, **{dial: getattr(other, dial)}) == other  # type: ignore[type-var]
+        assert method_type.cap([cap]) == cap
+
+    check()
+
+
+def test_cap_refuses_what_cannot_share_a_batch() -> None:
+    small, large = PooledTopK(0.1, 64), PooledTopK(0.2, 128)
+    for methods in ([small, large], [Dense()], []):
+        with pytest.raises(PolicyError, match=r"must share a method.*pooled_topk \(density\)"):
+            PooledTopK.cap(methods)
+    assert PooledTopK.cap([small, PooledTopK(0.3, 64, (0.3, 0.1))]) == PooledTopK(0.3, 64)
+    assert PooledTopK(0.3, 64, (0.3, 0.1)).dials(2) == (0.3, 0.1)
+    with pytest.raises(PolicyError, match="dense has no dial"):
+        Dense().dials(2)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)])
+def test_a_dial_overrides_the_methods_own(shape: tuple[int, int]) -> None:
+    query, key = torch.randn(2, 4, 512, 16), torch.randn(2, 2, 512, 16)
+    dials = torch.linspace(0.3, 0.9, shape[0] * shape[1]).view(shape)
+    options: dict[str, Any] = {"scale": 0.25, "visible": Visible(right=0), "counter": None}
+    lists = PooledTopK(0.9, 64).select(query, key, dial=dials, **options)
+    for item, head in product(range(2), range(4)):
+        density = float(dials.expand(2, 4)[item, head])
+        own = PooledTopK(density, 64).select(query, key, **options)
+        assert torch.equal(lists.kv_num_blocks[item, head], own.kv_num_blocks[item, head])
+        width = own.kv_indices.shape[-1]
+        assert torch.equal(lists.kv_indices[item, head, :, :width], own.kv_indices[item, head])
+    for wrong in (dials.double(), dials[0], torch.ones(3, 4)):
+        with pytest.raises(KernelInputError, match=r"accepted is a number, or float32 \[2 or 1, 4 or 1\]"):
+            PooledTopK(0.9, 64).select(query, key, dial=wrong, **options)
 
 
 def test_text_form() -> None:

@@ -39,7 +39,7 @@ class Method:
         return self.max_density
 
     def density_at(self, length: int) -> float:
-        """``mean_density`` of ``length`` tokens, causal, where the method's own share follows the length."""
+        """``mean_density`` of a causal problem of ``length`` tokens; other where the share follows the length."""
         return self.mean_density
 
     def dials(self, heads: int) -> tuple[float, ...]:

@@ -66,7 +66,7 @@ class PooledTopK(Method):
         counter: torch.Tensor | None,
         dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        from sparsepass.kernels.dispatch import select_pooled_topk
+        from sparsepass.kernels.dispatch_select import select_pooled_topk
 
         density: float | torch.Tensor = self.density
         if dial is not None:
