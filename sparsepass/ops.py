@@ -64,7 +64,8 @@ def _attention(
                 f"{'No' if rows is None else rows.shape[0]} class numbers for a batch of {query.shape[0]} rows; "
                 "accepted is one per row (sparsepass.task was given a list of another length)."
             )
-        dial = dial_table(text, query.shape[1], query.device).index_select(0, rows)
+        table = dial_table(text, query.shape[1], query.device)
+        dial = None if table is None else table.index_select(0, rows)
     lists = method.select(query, key, scale=scale, visible=visible, counter=counter, dial=dial)
     out, _ = block_sparse_attention(query, key, value, lists, scale=scale, visible=visible, counter=counter)
     return out

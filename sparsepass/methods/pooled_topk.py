@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from sparsepass.errors import PolicyError
 from sparsepass.methods.base import BLOCKS, Method, cannot_differ, share
 from sparsepass.methods.dense import Dense
-from sparsepass.methods.heads import per_head
+from sparsepass.methods.heads import float32_at_most, per_head
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class PooledTopK(Method):
         if dial is not None:
             density = dial
         elif self.head_densities is not None:
-            density = per_head(self.head_densities, query.device)
+            density = per_head(self.head_densities, query.device, at_most=True)
         return select_pooled_topk(
             query,
             key,
@@ -86,7 +86,11 @@ class PooledTopK(Method):
 
     def prepare(self, device: torch.device) -> None:
         if self.head_densities is not None:
-            per_head(self.head_densities, device)
+            per_head(self.head_densities, device, at_most=True)
+
+    def dials(self, heads: int) -> tuple[float, ...]:
+        """As numbers of float32 that keep what the exact ones keep."""
+        return tuple(float32_at_most(density) for density in Method.dials(self, heads))
 
     def for_head(self, head: int) -> PooledTopK:
         if self.head_densities is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,9 +57,11 @@ class RowBudgets:
         """The share that rows of a class compute, mean over heads."""
         return density_of(make_method(self.budget(task)), length)
 
-    def dials(self, heads: int) -> tuple[tuple[float, ...], ...]:
-        """The dial of each class (in the order of ``TASKS``) and query head."""
+    def dials(self, heads: int) -> tuple[tuple[float, ...], ...] | None:
+        """The dial of each class (in the order of ``TASKS``) and query head; None for a method without one."""
         cap = make_method(self.cap)
+        if cap.dial is None:
+            return None
         held = {one.task: make_method(one.budget) for one in self.classes}
         every = (type(cap).dial_at_all,) * heads
         return tuple(every if (method := held.get(task, cap)).computes_all else method.dials(heads) for task in TASKS)
@@ -94,18 +96,21 @@ def share_batch(budgets: Mapping[TaskClass, Budget], length: int | None = None) 
         return None
     costliest = max(sparse, key=lambda method: (density_of(method, length), method.max_density, method.text()))
     kind = type(costliest)
+    if kind.dial is None and len(sparse) < len(methods):
+        return None  # it cannot compute everything for the dense rows
     classes, together = [], [costliest]
     for task in TASKS:
         if task not in methods:
             continue
         method = methods[task]
-        fits = method.computes_all or (type(method) is kind and _cap(kind, (costliest, method)) is not None)
+        fits = method.computes_all or method == costliest or _fits(costliest, method)
         if fits and not method.computes_all:
             together.append(method)
         budget = DENSE if method.computes_all else (method if fits else costliest).budget()
         classes.append(ClassBudget(task, budget, not fits))
     together += [method for method in methods.values() if method.computes_all]
-    return RowBudgets(kind.cap(together).budget(), tuple(classes))
+    cap = costliest if kind.dial is None else kind.cap(together)
+    return RowBudgets(cap.budget(), tuple(classes))
 
 
 def leaves_as_is(budgets: RowBudgets, others: RowBudgets) -> bool:
@@ -118,17 +123,24 @@ def density_of(method: Method, length: int | None) -> float:
     return method.mean_density if length is None else method.density_at(length)
 
 
-def _cap(kind: type[Method], methods: Iterable[Method]) -> Method | None:
+def _fits(costliest: Method, method: Method) -> bool:
+    """Whether the two differ in their dial alone."""
+    if type(method) is not type(costliest):
+        return False
     try:
-        return kind.cap(tuple(methods))
+        type(method).cap((costliest, method))
     except PolicyError:
-        return None
+        return False
+    return True
 
 
 @functools.cache  # kept for good: compiled graphs and CUDA graphs refer to it
-def dial_table(text: str, heads: int, device: torch.device) -> torch.Tensor:
+def dial_table(text: str, heads: int, device: torch.device) -> torch.Tensor | None:
     """The dials of ``decode_rows(text)`` on the device, float32 [classes, heads]: a class's number is its row."""
     import torch
 
+    dials = decode_rows(text).dials(heads)
+    if dials is None:
+        return None
     with torch.inference_mode(False):
-        return torch.tensor(decode_rows(text).dials(heads), dtype=torch.float32, device=device)
+        return torch.tensor(dials, dtype=torch.float32, device=device)
