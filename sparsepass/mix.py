@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from sparsepass.hints import alike
 from sparsepass.methods.catalogue import encode_budget
-from sparsepass.methods.rows import RowBudgets, leaves_as_is, share_batch
+from sparsepass.methods.rows import RowBudgets, is_row_text, leaves_as_is, share_batch
 from sparsepass.types import TASKS, Budget, Rows, TaskClass
 
 DENSE_TEXT = "dense"
@@ -194,11 +194,12 @@ def _at_most_one(cost: float) -> bool:
 
 
 def key_of(texts: Sequence[str]) -> str:
-    """Readable key of a plan: ``dense``, or the budgets with their counts, with a digest where sites differ."""
+    """Readable key of a plan: ``dense``, or the budgets with their counts, with a digest where that leaves
+    something out: the order of different sites, or what the classes of a mix get under their cap."""
     if all(text == DENSE_TEXT for text in texts):
         return DENSE_TEXT
-    counts = Counter(texts)
+    counts = Counter(f"{text.split('|')[0]}, by row" if is_row_text(text) else text for text in texts)
     shown = ", ".join(f"{count}x {text}" for text, count in counts.items())
-    if len(counts) > 1:
-        shown += f" #{hashlib.sha256('/'.join(texts).encode()).hexdigest()[:8]}"
+    if len(counts) > 1 or any(map(is_row_text, texts)):
+        shown += f" #{hashlib.sha256('/'.join(texts).encode()).hexdigest()[:12]}"
     return shown

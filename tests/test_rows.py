@@ -21,7 +21,7 @@ from sparsepass import counters, dynamo
 from sparsepass.errors import HintError, KernelInputError
 from sparsepass.methods import make_method
 from sparsepass.methods.heads import float32_at_most
-from sparsepass.methods.rows import RowBudgets, decode_rows, share_batch
+from sparsepass.methods.rows import decode_rows, dial_table, share_batch
 from sparsepass.mix import BucketClasses, MixTable, SiteClasses
 from sparsepass.options import INDUCTOR
 from sparsepass.policy import Policy
@@ -99,7 +99,7 @@ class RowsAndLengths(RuleBasedStateMachine):
         self.before = dynamo.compile_count()
         self.graphs: set[object] = set()
 
-    @rule(rows=st.lists(st.sampled_from(HINTS), min_size=2, max_size=4), length=st.sampled_from(LENGTHS))
+    @rule(rows=st.lists(st.sampled_from(HINTS), min_size=3, max_size=5), length=st.sampled_from(LENGTHS))
     def call(self, rows: list[Row], length: int) -> None:
         x = batch_of(len(rows), length)
         out, blocks = run(self.fn, x, rows)
@@ -114,7 +114,7 @@ class RowsAndLengths(RuleBasedStateMachine):
             self.before += dynamo.compile_count() - count
             torch.testing.assert_close(out[index : index + 1], single)
 
-    @rule(rows=st.lists(st.sampled_from(HINTS), min_size=2, max_size=3), others=st.sampled_from(HINTS))
+    @rule(rows=st.lists(st.sampled_from(HINTS), min_size=3, max_size=5), others=st.sampled_from(HINTS))
     def nested_in_threads(self, rows: list[Row], others: Row) -> None:
         seen: list[int] = []
         x = batch_of(len(rows), ALL_SPARSE)
@@ -199,7 +199,7 @@ def test_a_batch_size_that_varies(fresh_dynamo: None) -> None:
     """One graph for all batch sizes but one."""
     fn = torch.compile(attend, backend=sparsepass.backend, dynamic=True, options=options(), fullgraph=True)
     count = dynamo.compile_count()
-    for size in (2, 5, 3, 7):
+    for size in (3, 5, 4, 7):  # not the number of heads, which would be taken for the same size
         rows: list[Row] = [list(DENSITIES)[2 - i % 3] for i in range(size)]
         assert run(fn, batch_of(size, ALL_SPARSE), rows)[1] == blocks_of(rows, ALL_SPARSE)
     assert dynamo.compile_count() - count == 1
@@ -332,7 +332,7 @@ def test_sparse_only_where_the_mean_over_the_rows_pays() -> None:
     x = batch_of(4, ALL_SPARSE)
     assert run(fn, x, "multi_hop")[1] == 0  # alone it is over what pays
     mostly = ["single_qa", "multi_hop", "single_qa", "single_qa"]
-    out, blocks = run(fn, x, mostly)  # mean 0.225
+    _, blocks = run(fn, x, mostly)  # mean 0.225
     assert blocks > 0
     count = dynamo.compile_count()
     assert run(fn, x, ["multi_hop", "multi_hop", "multi_hop", "single_qa"])[1] > 0  # mean 0.475
@@ -474,10 +474,12 @@ def test_classes_share_a_launch(budgets: dict[TaskClass, Budget]) -> None:
         if budget.dense:
             assert row == (1.0, 1.0)
         elif not any(one.replaced for one in shared.classes if one.task is task):
-            assert row == tuple(float32_at_most(method.for_head(head).max_density) for head in range(2))
+            assert row == method.dials(2)
         else:  # never less than its own share
             assert shared.row_density(task) >= method.mean_density
-    assert isinstance(shared, RowBudgets)
+    table = dial_table(shared.text(), 2, torch.device("cpu"))
+    assert table is not None
+    assert (table.double() <= torch.tensor(dials, dtype=torch.float64)).all()
 
 
 @given(
@@ -518,5 +520,5 @@ def test_rounding_down_keeps_as_many_blocks() -> None:
 
 @pytest.mark.parametrize("given_hints", [[], ["single_qa", "multi_hopp"], [["single_qa"]], [3], {"single_qa": 1}])
 def test_bad_lists_are_refused_at_once(given_hints: Any) -> None:
-    with pytest.raises(HintError, match="accepted|Accepted|Did you mean"):
+    with pytest.raises(HintError, match=r"accepted|Accepted|Did you mean"):
         sparsepass.task(given_hints)

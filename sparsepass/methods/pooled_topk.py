@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from sparsepass.errors import PolicyError
 from sparsepass.methods.base import BLOCKS, Method, cannot_differ, share
 from sparsepass.methods.dense import Dense
-from sparsepass.methods.heads import float32_at_most, per_head
+from sparsepass.methods.heads import per_head
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +87,6 @@ class PooledTopK(Method):
     def prepare(self, device: torch.device) -> None:
         if self.head_densities is not None:
             per_head(self.head_densities, device, at_most=True)
-
-    def dials(self, heads: int) -> tuple[float, ...]:
-        """As numbers of float32 that keep what the exact ones keep."""
-        return tuple(float32_at_most(density) for density in Method.dials(self, heads))
 
     def for_head(self, head: int) -> PooledTopK:
         if self.head_densities is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sparsepass.errors import PolicyError
 from sparsepass.methods.base import Method
 from sparsepass.methods.catalogue import decode_budget, make_method
+from sparsepass.methods.heads import float32_at_most
 from sparsepass.types import DENSE, TASKS, Budget, TaskClass
 
 if TYPE_CHECKING:
@@ -139,8 +140,11 @@ def dial_table(text: str, heads: int, device: torch.device) -> torch.Tensor | No
     """The dials of ``decode_rows(text)`` on the device, float32 [classes, heads]: a class's number is its row."""
     import torch
 
-    dials = decode_rows(text).dials(heads)
+    shared = decode_rows(text)
+    dials = shared.dials(heads)
     if dials is None:
         return None
+    if make_method(shared.cap).dial == "density":
+        dials = tuple(tuple(map(float32_at_most, row)) for row in dials)
     with torch.inference_mode(False):
         return torch.tensor(dials, dtype=torch.float32, device=device)
