@@ -111,14 +111,15 @@ def _entry_by_length(found: FoundSite, task: TaskClass, settings: Settings) -> P
 def verdict_for(found: FoundSite, budget: Budget, bucket: LengthBucket) -> Verdict:
     site = found.site
     device = torch.device(site.device)
+    length = equivalent_length(site, bucket)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return sparse_wins(
         device_name=name,
         device_type=device.type,
         dtype=site.dtype,
         head_dim=site.head_dim,
-        length=equivalent_length(site, bucket),
-        density=make_method(budget).mean_density,
+        length=length,
+        density=make_method(budget).density_at(length),
     )
 
 

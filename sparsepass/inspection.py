@@ -145,8 +145,9 @@ def _rows(graph: CompiledGraph, entry: PlanEntry) -> tuple[RowReport, ...]:
     rows = graph.rows if found.hint is None else hints.parse_hint_text(found.hint)
     shared = decode_rows(budget_text(entry.budget))
     replaced = {one.task for one in shared.classes if one.replaced}
+    length = entry.site.kv_len if isinstance(entry.site.kv_len, int) else None
     return tuple(
-        RowReport(str(task), encode_budget(shared.budget(task)), shared.row_density(task), task in replaced)
+        RowReport(str(task), encode_budget(shared.budget(task)), shared.row_density(task, length), task in replaced)
         for task in (rows if isinstance(rows, tuple) else ())
     )
 

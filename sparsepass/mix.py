@@ -43,9 +43,11 @@ class BucketClasses:
         shared = share_batch({task: self.budget(task) for task in tasks}, self.length)
         return shared if shared is not None and self._limit(shared) > 0 else None
 
-    def cost(self, shared: RowBudgets, task: TaskClass) -> float:
-        """Density of rows of a class over the largest that pays: the time, as a share of what just pays."""
-        return shared.row_density(task, self.length) / self._limit(shared)
+    def cost(self, shared: RowBudgets, task: TaskClass | None) -> float:
+        """Density of rows of a class (None: under the cap) over the largest that pays: the time, as a share of what
+        just pays."""
+        density = shared.cap_density(self.length) if task is None else shared.row_density(task, self.length)
+        return density / self._limit(shared)
 
     def _limit(self, shared: RowBudgets) -> float:
         return dict(self.limits).get(shared.cap.method, 0.0)
@@ -71,13 +73,13 @@ class SiteClasses:
 
     def text(self, served: Set[TaskClass]) -> str:
         """What the op is given for a mix of these classes where sparse pays; by length, it is only sparse where it
-        would pay for the costliest class alone, since the rows are not known when the text is written."""
+        would pay for rows under the cap alone, since the rows are not known when the text is written."""
         if len(self.buckets) == 1:
             return self._text(self.buckets[0], served)
         texts = []
         for bucket in self.buckets:
             shared = bucket.share(served)
-            pays = shared is not None and all(_at_most_one(bucket.cost(shared, task)) for task in served)
+            pays = shared is not None and _at_most_one(bucket.cost(shared, None))
             texts.append(self._text(bucket, served) if pays else DENSE_TEXT)
         if set(texts) == {DENSE_TEXT}:
             return DENSE_TEXT
@@ -179,9 +181,7 @@ def _costs(site: SiteClasses, served: Set[TaskClass]) -> tuple[float, ...]:
     shared = bucket.share(served)
     if shared is None:
         return (math.inf,) * len(TASKS)
-    if site.by_row:
-        return tuple(bucket.cost(shared, task) for task in TASKS)
-    return (max(bucket.cost(shared, task) for task in served),) * len(TASKS)
+    return tuple(bucket.cost(shared, task if site.by_row else None) for task in TASKS)
 
 
 def _changes_nothing(bucket: BucketClasses, tasks: frozenset[TaskClass], added: TaskClass) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def row_blocks(task: Row, length: int) -> int:
     return sum(min(a, max(k, min(a, 3))) for a in visible) * HEADS * SITES
 
 
-def blocks_of(rows: list[Row], length: int) -> int:
+def blocks_of(rows: Sequence[Row], length: int) -> int:
     sparse = LOW < length <= HIGH and any(row != "dense" for row in rows)
     return sum(row_blocks(row, length) for row in rows) if sparse else 0
 

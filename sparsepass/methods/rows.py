@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,13 +50,13 @@ class RowBudgets:
         """What rows of a class compute."""
         return next((one.budget for one in self.classes if one.task is task), self.cap)
 
-    def density(self, rows: Sequence[TaskClass], length: int | None = None) -> float:
-        """The share that a batch of these rows computes, mean over rows and heads, at ``length`` keys if known."""
-        return sum(self.row_density(task, length) for task in rows) / len(rows)
-
     def row_density(self, task: TaskClass, length: int | None = None) -> float:
-        """The share that rows of a class compute, mean over heads."""
+        """The share that rows of a class compute, mean over heads, at ``length`` keys if known."""
         return density_of(make_method(self.budget(task)), length)
+
+    def cap_density(self, length: int | None = None) -> float:
+        """The share that rows under the cap compute: the most that a batch can."""
+        return density_of(make_method(self.cap), length)
 
     def dials(self, heads: int) -> tuple[tuple[float, ...], ...] | None:
         """The dial of each class (in the order of ``TASKS``) and query head; None for a method without one."""
