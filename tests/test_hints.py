@@ -15,7 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.errors import HintError
-from sparsepass.hints import NODE_KEY, TaskHint, current_task, resolve_hint, task
+from sparsepass.hints import (
+    NODE_KEY,
+    TaskHint,
+    alike,
+    current_task,
+    hint_text,
+    hint_words,
+    parse_hint_text,
+    resolve_hint,
+    resolve_hints,
+    task,
+)
 from sparsepass.types import TaskClass
 
 InForce = TaskClass | tuple[TaskClass, ...]
@@ -66,6 +77,37 @@ def test_misspelled_hint_names_the_close_ones() -> None:
 def test_bad_axes_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(HintError, match="accepted"):
         TaskHint(**fields)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_is_a_hint_per_row(kind: Any) -> None:
+    given = kind(["single_qa", TaskHint("high", "low"), TaskClass.DENSE, None])
+    expected = (TaskClass.SINGLE_QA, TaskClass.AGGREGATION, TaskClass.DENSE, TaskClass.UNKNOWN)
+    with task(given) as held, task(given[:1]):
+        assert held == expected
+        assert current_task() == (TaskClass.SINGLE_QA,)
+        with task("multi_qa"):
+            assert current_task() is TaskClass.MULTI_QA
+    assert current_task() is TaskClass.UNKNOWN
+    assert repr(task(given)) == "sparsepass.task(['single_qa', 'aggregation', 'dense', 'unknown'])"
+
+
+def test_bad_rows_are_named() -> None:
+    with pytest.raises(HintError, match=r"Row 1 of the task hints: Unknown task hint 'multi_hopp'.*'multi_hop'"):
+        task(["single_qa", "multi_hopp"])
+    with pytest.raises(HintError, match="empty"):
+        task([])
+    with pytest.raises(HintError, match=r"Row 0.*list"):
+        task([["single_qa"]])  # type: ignore[list-item]
+
+
+@given(st.one_of(st.sampled_from(TaskClass), st.lists(st.sampled_from(TaskClass), min_size=1).map(tuple)))
+def test_texts_of_resolved_hints_read_back(resolved: Any) -> None:
+    assert parse_hint_text(hint_text(resolved)) == resolved
+    assert resolve_hints(resolved) == resolved
+    if isinstance(resolved, tuple):
+        assert alike(resolved) == (resolved[0] if len(set(resolved)) == 1 else None)
+        assert all(str(member) in hint_words(resolved) for member in resolved)
 
 
 def test_nested_reentrant_and_exception_safe() -> None:
@@ -255,6 +297,8 @@ def nested(x: torch.Tensor) -> torch.Tensor:
         x = torch.exp(decorated_sin(x))
         with task(None):
             x = torch.tanh(x)
+        with task(["single_qa", "multi_hop"]):
+            x = torch.sigmoid(x)
     return torch.neg(x)
 
 
@@ -274,6 +318,7 @@ def test_hints_inside_a_compiled_region_annotate_its_nodes() -> None:
         "sin": "multi_qa",
         "exp": "single_qa",
         "tanh": "unknown",
+        "sigmoid": "single_qa,multi_hop,",
         "neg": None,
     }
     assert hints_of(decorated_sin) == {"sin": "multi_qa"}

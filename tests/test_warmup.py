@@ -54,6 +54,18 @@ def test_every_hint_and_length_runs_once_longest_first(monkeypatch: pytest.Monke
     assert all(isinstance(r, WarmupResult) and r.seconds >= 0 for r in results)
 
 
+def test_a_list_among_the_hints_is_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Fake(monkeypatch)
+    rows = ["single_qa", "multi_hop"]
+    results = warmup(model, [8], ["single_qa", rows, tuple(rows)], make_inputs=inputs_of)
+    assert [r.hint for r in results] == ["single_qa", ("single_qa", "multi_hop")]
+    assert model.calls[1][0] == (TaskClass.SINGLE_QA, TaskClass.MULTI_HOP)
+    with pytest.raises(HintError, match="Row 1"):
+        warmup(model, [8], [["single_qa", "multi_hopp"]], make_inputs=inputs_of)
+    with pytest.raises(WarmupError, match="2 task hints for batch=3"):
+        warmup(torch.nn.Linear(2, 2), [8], [rows], batch=3)
+
+
 def test_no_hint_means_none_even_inside_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Fake(monkeypatch)
     with hints.task("single_qa"):
@@ -139,4 +151,6 @@ def test_default_inputs_of_a_compiled_model(
     results = warmup(compile_it(Tiny(), backend), [24, 40, 32], batch=2, dynamic=dynamic, progress=False)
     assert [r.length for r in results] == [40, 32, 24]
     assert [r.graphs for r in results] == graphs  # marked as varying, the first graph serves the other lengths too
+    torch._dynamo.reset()
+    warmup(compile_it(Tiny(), backend), [24], [["single_qa", "multi_hop"]], progress=False)  # as many rows as hints
     torch._dynamo.reset()
