@@ -202,7 +202,7 @@ def select_scored_cpu(
 
     row, column = torch.arange(mask.q_blocks)[:, None], torch.arange(mask.kv_blocks)
     first, last = row * q_block + offset, ((row + 1) * q_block).clamp(max=q_len) - 1 + offset
-    listed = allowed & (allowed.cumsum(-1) <= rule.sink)
+    listed = allowed & (allowed.cumsum(-1) <= rule.sink_blocks(kv_block))
     if rule.keep == "window":
         tokens = dials.clamp(min=1).floor().long()
         near = ((column + 1) * kv_block > first - tokens + 1) & (column * kv_block <= last + tokens - 1)

@@ -133,7 +133,8 @@ def always_listed_reference(
     row = torch.arange(rows, device=q.device)[:, None]
     column = torch.arange(columns, device=q.device)
     first, last = row * q_block + offset, ((row + 1) * q_block).clamp(max=q.shape[2]) - 1 + offset
-    listed = allowed.cumsum(-1) <= rule.sink
+    sink = -(-rule.sink // kv_block) if rule.sink_in_tokens else rule.sink
+    listed = allowed.cumsum(-1) <= sink
     if rule.keep == "window":
         tokens = torch.full((batch, heads), float(rule.dial), dtype=torch.float64)
         if dial is not None:

@@ -33,6 +33,8 @@ class Rule:
     score: Score | None = None
     sink: int = 1
     """First blocks of a row always listed; counted over those that the mask allows."""
+    sink_in_tokens: bool = False
+    """``sink`` counts tokens, rounded up to blocks."""
     window: int = 2
     """Blocks always listed from the one at the position of the row's last query backwards (not for ``window``)."""
     last: int = 0
@@ -42,12 +44,16 @@ class Rule:
     self_similarity: float | None = None
     """Query and key blocks whose tokens' mean cosine is under it are computed whole."""
 
+    def sink_blocks(self, kv_block: int) -> int:
+        """``sink`` in blocks."""
+        return ceil_div(self.sink, kv_block) if self.sink_in_tokens else self.sink
+
     def width(self, q_block: int, kv_block: int, kv_blocks: int) -> int:
         """Entries that a row of the lists may need."""
         if self.keep != "window" or self.last:
             return kv_blocks
         near = ceil_div(q_block + 2 * int(self.dial), kv_block) + 1
-        return max(1, min(kv_blocks, self.sink + near))
+        return max(1, min(kv_blocks, self.sink_blocks(kv_block) + near))
 
 
 def check_rule(rule: Rule, q_block: int, kv_block: int) -> None:

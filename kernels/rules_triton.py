@@ -199,7 +199,7 @@ def rule_launch(
         "heads": list_heads,
         "group": heads // kv_heads,
         "times": (batch // list_batch) * (heads // list_heads),
-        "sink": rule.sink,
+        "sink": rule.sink_blocks(kv_block),
         "near": rule.window,
         "dense_from": rows - rule.last,
         "KEEP": rule.keep,

@@ -137,6 +137,31 @@ def share(method: str, parameter: str, value: Any) -> float:
     return float(value)
 
 
+def whole(method: str, parameter: str, value: Any, least: int) -> int:
+    """``value`` as an integer of at least ``least``. Raises ``PolicyError`` that names the method and the parameter."""
+    integral = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not integral or not least <= value <= 1 << 30:
+        raise PolicyError(f"{method} {parameter} is {value!r}; accepted is a whole number of at least {least}.")
+    return int(value)
+
+
+def block_size(method: str, value: Any) -> int | None:
+    """``value`` if lists may have blocks of that many tokens. Raises ``PolicyError``."""
+    if value is not None and (isinstance(value, bool) or value not in BLOCKS):
+        raise PolicyError(f"{method} block is {value!r}; accepted are 64, 128 or null (the default).")
+    return None if value is None else int(value)
+
+
+def similarity(method: str, value: Any) -> float | None:
+    """``value`` as a mean cosine, or None. Raises ``PolicyError``."""
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -1 <= value <= 1:
+        raise PolicyError(f"{method} self_similarity is {value!r}; accepted is a cosine from -1 to 1, or null (none).")
+    return float(value)
+
+
 def cannot_share(method: type[Method], methods: Sequence[Method]) -> PolicyError:
     """The error for requests of one batch whose methods differ in more than their dial."""
     given = ", ".join(sorted({one.text() for one in methods})) or "none"
