@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 import sparsepass
 from sparsepass import counters, dynamo
 from sparsepass.errors import HintError, KernelInputError
-from sparsepass.methods import make_method
+from sparsepass.methods import METHODS, Dense, make_method
 from sparsepass.methods.heads import float32_at_most
 from sparsepass.methods.rows import decode_rows, dial_table, share_batch
 from sparsepass.mix import BucketClasses, MixTable, SiteClasses
@@ -523,3 +523,48 @@ def test_rounding_down_keeps_as_many_blocks() -> None:
 def test_bad_lists_are_refused_at_once(given_hints: Any) -> None:
     with pytest.raises(HintError, match=r"accepted|Accepted|Did you mean"):
         sparsepass.task(given_hints)
+
+
+PAIRS: dict[str, tuple[Budget, Budget]] = {
+    "a_shape": (Budget("a_shape", {"window": 128}), Budget("a_shape", {"window": 400})),
+    "pooled_topk": (topk(0.4), topk(0.8)),
+    "threshold": (Budget("threshold", {"alpha": 0.9999, "window": 1}), Budget("threshold", {"alpha": 0.98, "window": 1})),
+    "top_p": (Budget("top_p", {"coverage": 0.3}), Budget("top_p", {"coverage": 0.7})),
+    "xattention": (Budget("xattention", {"tau": 0.3}), Budget("xattention", {"tau": 0.7})),
+    "vertical_slash": (Budget("vertical_slash", {"density": 0.4}), Budget("vertical_slash", {"density": 0.8})),
+    "flex_prefill": (
+        Budget("flex_prefill", {"gamma": 0.4, "min_budget": 0}),
+        Budget("flex_prefill", {"gamma": 0.8, "min_budget": 0}),
+    ),
+}
+"""Of each method a cheap and a costly budget that differ in the dial alone."""
+
+
+@pytest.mark.parametrize("name", [method.name for method in METHODS if method is not Dense])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_method_takes_its_dial_by_row(name: str, padded: bool) -> None:
+    """Rows of one launch under the cap compute what each computes alone under its own budget."""
+    cheap, costly = PAIRS[name]
+    tasks = (TaskClass.SINGLE_QA, TaskClass.DENSE, TaskClass.MULTI_HOP, TaskClass.SINGLE_QA)
+    shared = share_batch({TaskClass.SINGLE_QA: cheap, TaskClass.MULTI_HOP: costly, TaskClass.DENSE: DENSE})
+    assert shared is not None
+    assert not any(one.replaced for one in shared.classes)
+    length = 1024
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(4, heads, length, 32, generator=g).to(DEVICE) for heads in (4, 2, 2))
+    segments = None
+    if padded:
+        real = torch.tensor([1024, 900, 700, 1024], device=DEVICE)
+        segments = torch.where(torch.arange(length, device=DEVICE) < real[:, None], 0, -1).to(torch.int32)
+    op, rest = torch.ops.sparsepass.attention, (0.25, -1, 0, False)
+    rows = class_numbers(tasks, torch.device(DEVICE))
+    together = op(q, k, v, None, segments, *rest, shared.text(), 0, rows)
+    outputs = []
+    for row, task in enumerate(tasks):
+        one = slice(row, row + 1)
+        own = None if segments is None else segments[one]
+        text = make_method({TaskClass.SINGLE_QA: cheap, TaskClass.MULTI_HOP: costly}.get(task, DENSE)).text()
+        alone = op(q[one], k[one], v[one], None, own, *rest, text, 0)
+        torch.testing.assert_close(together[one], alone, msg=lambda text, row=row: f"row {row}: {text}")
+        outputs.append(op(q[one], k[one], v[one], None, own, *rest, "dense", 0))
+    assert not torch.allclose(together[:1], outputs[0], atol=1e-3)  # the cheap row is not dense
