@@ -528,7 +528,10 @@ def test_bad_lists_are_refused_at_once(given_hints: Any) -> None:
 PAIRS: dict[str, tuple[Budget, Budget]] = {
     "a_shape": (Budget("a_shape", {"window": 128}), Budget("a_shape", {"window": 400})),
     "pooled_topk": (topk(0.4), topk(0.8)),
-    "threshold": (Budget("threshold", {"alpha": 0.9999, "window": 1}), Budget("threshold", {"alpha": 0.98, "window": 1})),
+    "threshold": (
+        Budget("threshold", {"alpha": 0.9999, "window": 1}),
+        Budget("threshold", {"alpha": 0.98, "window": 1}),
+    ),
     "top_p": (Budget("top_p", {"coverage": 0.3}), Budget("top_p", {"coverage": 0.7})),
     "xattention": (Budget("xattention", {"tau": 0.3}), Budget("xattention", {"tau": 0.7})),
     "vertical_slash": (Budget("vertical_slash", {"density": 0.4}), Budget("vertical_slash", {"density": 0.8})),
@@ -565,6 +568,6 @@ def test_every_method_takes_its_dial_by_row(name: str, padded: bool) -> None:
         own = None if segments is None else segments[one]
         text = make_method({TaskClass.SINGLE_QA: cheap, TaskClass.MULTI_HOP: costly}.get(task, DENSE)).text()
         alone = op(q[one], k[one], v[one], None, own, *rest, text, 0)
-        torch.testing.assert_close(together[one], alone, msg=lambda text, row=row: f"row {row}: {text}")
+        torch.testing.assert_close(together[one], alone)
         outputs.append(op(q[one], k[one], v[one], None, own, *rest, "dense", 0))
     assert not torch.allclose(together[:1], outputs[0], atol=1e-3)  # the cheap row is not dense
