@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparsepass.kernels import cpu_gather, cpu_native
 from sparsepass.kernels.cpu_mask import Visibility
+from sparsepass.kernels.cpu_scored import select_scored_cpu
 from sparsepass.kernels.cpu_select import select_blocks_cpu
 
-__all__ = ["block_sparse_attention_cpu", "select_blocks_cpu"]
+__all__ = ["block_sparse_attention_cpu", "select_blocks_cpu", "select_scored_cpu"]
 
 
 @torch.no_grad()

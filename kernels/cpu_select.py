@@ -13,7 +13,7 @@ _PAIRS = 1 << 22
 """Token pairs tested at once where segments leave a block pair undecided: 4 MiB of booleans."""
 
 
-def _block_means(x: Tensor, block: int, segments: Tensor | None) -> Tensor:
+def block_means(x: Tensor, block: int, segments: Tensor | None) -> Tensor:
     """Means over blocks of tokens, fp32 (fp64 for fp64) [B, H, blocks, D], without tokens of segment -1."""
     batch, heads, length, dim = x.shape
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -31,6 +31,19 @@ def _block_means(x: Tensor, block: int, segments: Tensor | None) -> Tensor:
     held[:, :, :length] = used
     total = tokens.view(batch, heads, blocks, block, dim).sum(3)
     return total / held.view(batch, 1, blocks, block, 1).sum(3).clamp(min=1)
+
+
+def unlike_blocks(x: Tensor, block: int, segments: Tensor | None, least: float) -> Tensor:
+    """Bool [B, H, blocks]: blocks whose tokens' mean cosine is under ``least`` (SpargeAttn, arXiv 2502.18137).
+
+    The mean over all pairs is the squared length of the mean of the tokens at length 1. NaN counts as under.
+    """
+    heads = []
+    for head in x.float().split(1, 1):  # one at a time: the copies are as large as the input
+        head = head / head.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        unit = head / head.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        heads.append(~(block_means(unit, block, segments).square().sum(-1) >= least))
+    return torch.cat(heads, 1)
 
 
 def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
@@ -55,14 +68,24 @@ def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
 
 
 def select(
-    q: Tensor, k: Tensor, mask: Visibility, scale: float, allowed: Tensor, budget: Tensor, width: int
+    q: Tensor,
+    k: Tensor,
+    mask: Visibility,
+    scale: float,
+    allowed: Tensor,
+    budget: Tensor,
+    width: int,
+    unlike: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The selection in torch operations, where the C++ kernel does not serve. As ``cpu_native.select``."""
+    """The selection in torch operations, where the C++ kernel does not serve. As ``cpu_native.select``.
+
+    ``unlike``: bool [B, H, nq, nkv], kept too wherever allowed.
+    """
     batch, heads, q_len, _ = q.shape
     kv_heads = k.shape[1]
     visible = allowed.sum(-1)
-    queries = _block_means(q, mask.q_block, None if mask.kv_segments is None else mask.q_segments)
-    keys = _block_means(k, mask.kv_block, mask.kv_segments)
+    queries = block_means(q, mask.q_block, None if mask.kv_segments is None else mask.q_segments)
+    keys = block_means(k, mask.kv_block, mask.kv_segments)
     grouped = queries.view(batch, kv_heads, heads // kv_heads, mask.q_blocks, -1)
     scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
 
@@ -70,14 +93,16 @@ def select(
     diagonal = torch.div(last, mask.kv_block, rounding_mode="floor")[:, None]
     column = torch.arange(mask.kv_blocks)
     forced = (column == diagonal) | (column == diagonal - 1)
-    forced = allowed & (forced | (allowed.cumsum(-1) == 1))
+    forced = (allowed & (forced | (allowed.cumsum(-1) == 1)))[:, None]
+    if unlike is not None:
+        forced = forced | (allowed[:, None] & unlike)
 
     limits = torch.finfo(scores.dtype)
     # Three tiers that scores cannot leave: hidden, allowed (NaN lowest), always kept.
     scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
-    scores = torch.where(allowed[:, None], scores, -torch.inf).masked_fill(forced[:, None], torch.inf)
+    scores = torch.where(allowed[:, None], scores, -torch.inf).masked_fill(forced, torch.inf)
     ranked = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :width]
-    count = torch.maximum(torch.minimum(visible[:, None], budget[:, :, None]), forced.sum(-1)[:, None])
+    count = torch.maximum(torch.minimum(visible[:, None], budget[:, :, None]), forced.sum(-1))
     count = count.expand(batch, heads, -1)
     filled = torch.arange(width) < count[..., None]
     chosen = torch.where(filled, ranked, mask.kv_blocks).sort(-1).values
@@ -99,6 +124,7 @@ def select_blocks_cpu(
     kv_block: int,
     density: float | Tensor,
     max_density: float | None = None,
+    self_similarity: float | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Key blocks that each query block attends to, by the product of mean query and mean key.
@@ -109,6 +135,7 @@ def select_blocks_cpu(
         left, right, offset, q_segments, kv_segments, q_block, kv_block: as for ``block_sparse_attention_cpu``.
         density: share of the blocks visible through the band to keep, 0 to 1; or float32 [B or 1, H], one per head.
         max_density: with a tensor of densities, a bound on them: it gives the width of the lists. None: their maximum.
+        self_similarity: query and key blocks whose tokens' mean cosine is under it are computed whole.
         counter: int64 [3]; [2] += blocks that hold a visible pair, over batch, heads and rows.
 
     Returns:
@@ -131,7 +158,13 @@ def select_blocks_cpu(
     budget = torch.tensor(budgets, dtype=torch.int32).expand(batch, heads)
     width = list_width(kv_len, kv_block, widest)
 
-    if cpu_native.available(q.dtype):
+    if self_similarity is not None:
+        unlike = unlike_blocks(k, kv_block, kv_segments, self_similarity)
+        unlike = unlike.repeat_interleave(heads // k.shape[1], 1)[:, :, None]
+        of_rows = unlike_blocks(q, q_block, None if kv_segments is None else q_segments, self_similarity)
+        unlike, width = unlike | of_rows[..., None], mask.kv_blocks
+        counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width, unlike)
+    elif cpu_native.available(q.dtype):
         allowed = None if kv_segments is None else allowed_blocks(mask, batch)
         counts, indices, visible = cpu_native.select(q, k, mask, scale, allowed, budget, width)
     else:

@@ -17,56 +17,9 @@ from torch import Tensor
 from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
-from sparsepass.kernels.lists_triton import segment_range_launch
+from sparsepass.kernels.pool_triton import UNROLL, allowed_launches, average_launch
 from sparsepass.kernels.prepared import run_prepared
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
-
-UNROLL = 8
-"""Dimensions handled per step of the score loop; block averages are padded with zeros to a multiple of it."""
-
-
-@triton.jit(do_not_specialize=VARYING)
-def _average_blocks(
-    x_ptr,
-    segments_ptr,
-    out_ptr,
-    x_stride_b,
-    x_stride_h,
-    x_stride_s,
-    x_stride_d,
-    segment_stride_b,
-    segment_stride_s,
-    out_stride_h,
-    out_stride_r,
-    out_stride_d,
-    length,
-    heads,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-):
-    """Mean over one block of tokens, without those of segment -1. Grid: (blocks, heads, batch)."""
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    item = tl.program_id(2)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    dim = tl.arange(0, BLOCK_D)
-    used = token < length
-    if HAS_SEGMENTS:
-        segment_row = segments_ptr + item.to(tl.int64) * segment_stride_b
-        segment = tl.load(segment_row + token.to(tl.int64) * segment_stride_s, mask=used, other=-1)
-        used = segment != -1
-    base = x_ptr + item.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
-    x = tl.load(
-        base + token.to(tl.int64)[:, None] * x_stride_s + dim.to(tl.int64)[None, :] * x_stride_d,
-        mask=used[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    count = tl.maximum(tl.sum(used.to(tl.int32), 0), 1)
-    out = out_ptr + (item * heads + head).to(tl.int64) * out_stride_h + block.to(tl.int64) * out_stride_r
-    tl.store(out + dim.to(tl.int64) * out_stride_d, tl.sum(x, 0) / count.to(tl.float32), mask=dim < PADDED_DIM)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -106,82 +59,6 @@ def _budgets_from_densities(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _allowed_blocks(
-    q_segments_ptr,
-    kv_segments_ptr,
-    q_ranges_ptr,
-    kv_ranges_ptr,
-    allowed_ptr,
-    q_segments_stride_b,
-    q_segments_stride_s,
-    kv_segments_stride_b,
-    kv_segments_stride_s,
-    q_planes,
-    kv_planes,
-    q_len,
-    kv_len,
-    left,
-    right,
-    offset,
-    rows,
-    blocks,
-    Q_BLOCK: tl.constexpr,
-    KV_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
-    HAS_Q_SEGMENTS: tl.constexpr,
-):
-    """int8 [B, nq, nkv]: 1 where any pair is visible through band and segments. Grid: (chunks of nkv, nq, batch).
-
-    Ranges of segments settle most blocks; where they overlap without being one and the same, the pairs are looked at.
-    """
-    column = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    row = tl.program_id(1)
-    item = tl.program_id(2)
-    there = column < blocks
-    kv_low = tl.load(kv_ranges_ptr + item * blocks + column, mask=there, other=-1)
-    kv_high = tl.load(kv_ranges_ptr + kv_planes + item * blocks + column, mask=there, other=-1)
-    if HAS_Q_SEGMENTS:
-        q_low = tl.load(q_ranges_ptr + item * rows + row)
-        q_high = tl.load(q_ranges_ptr + q_planes + item * rows + row)
-    else:
-        q_low = 0
-        q_high = 0
-    first = row * Q_BLOCK + offset
-    last = tl.minimum((row + 1) * Q_BLOCK, q_len) - 1 + offset
-    key = column * KV_BLOCK
-    in_band = there & (key + KV_BLOCK - 1 >= first - left) & (key <= last + right) & (last >= -right)
-    in_band = in_band & (first - left < kv_len)
-    overlap = in_band & (q_low <= kv_high) & (kv_low <= q_high)
-    single = (q_low == q_high) & (kv_low == kv_high)
-    allowed = (overlap & single & (kv_low != -1)).to(tl.int32)
-    unsure = (overlap & (single == 0)).to(tl.int32)
-    if tl.max(unsure, 0) > 0:
-        token = row * Q_BLOCK + tl.arange(0, Q_BLOCK)
-        position = token + offset
-        inside = token < q_len
-        q_segment = tl.zeros([Q_BLOCK], tl.int32)
-        if HAS_Q_SEGMENTS:
-            q_row = q_segments_ptr + item.to(tl.int64) * q_segments_stride_b
-            q_segment = tl.load(q_row + token.to(tl.int64) * q_segments_stride_s, mask=inside, other=-1)
-        kv_row = kv_segments_ptr + item.to(tl.int64) * kv_segments_stride_b
-        lane = tl.arange(0, CHUNK)
-        for index in range(CHUNK):
-            if tl.max(tl.where(lane == index, unsure, 0), 0) > 0:
-                hits = tl.zeros([Q_BLOCK], tl.int32)
-                for step in range(0, KV_BLOCK, STEP):
-                    keys = (tl.program_id(0) * CHUNK + index) * KV_BLOCK + step + tl.arange(0, STEP)
-                    segment = tl.load(kv_row + keys.to(tl.int64) * kv_segments_stride_s, mask=keys < kv_len, other=-1)
-                    pair = (q_segment[:, None] == segment[None, :]) & (segment != -1)[None, :] & inside[:, None]
-                    pair = pair & (keys[None, :] >= (position - left)[:, None])
-                    pair = pair & (keys[None, :] <= (position + right)[:, None])
-                    hits = tl.maximum(hits, tl.max(pair.to(tl.int32), 1))
-                allowed = tl.where(lane == index, tl.max(hits, 0), allowed)
-    place = (item.to(tl.int64) * rows + row) * blocks
-    tl.store(allowed_ptr + place + column, allowed.to(tl.int8), mask=there)
-
-
-@triton.jit(do_not_specialize=VARYING)
 def _select(
     q_means_ptr,
     k_means_ptr,
@@ -190,6 +67,8 @@ def _select(
     counts_ptr,
     lists_ptr,
     counter_ptr,
+    q_unlike_ptr,
+    k_unlike_ptr,
     k_means_stride,
     scale,
     budget,
@@ -213,6 +92,7 @@ def _select(
     UNROLL: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_BUDGETS: tl.constexpr,
+    HAS_UNLIKE: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """Lists of ROWS query blocks of one head, all key blocks at once (COLUMNS of them). Grid: (B * H * groups,)."""
@@ -256,6 +136,10 @@ def _select(
     sink = tl.min(tl.where(allowed, column, COLUMNS), 1)[:, None]
     diagonal = tl.where(last >= 0, tl.maximum(last, 0) // KV_BLOCK, -2)
     forced = allowed & ((column == sink) | (column == diagonal) | (column == diagonal - 1))
+    if HAS_UNLIKE:
+        of_row = tl.load(q_unlike_ptr + plane * rows + row, mask=row < rows, other=0)
+        of_column = tl.load(k_unlike_ptr + kv_plane * blocks + column, mask=column < blocks, other=0)
+        forced = forced | (allowed & ((of_row | of_column) != 0))
     rank = tl.where(forced, 0x7FFFFFFF, tl.where(allowed, rank, -0x80000000))
 
     visible = tl.sum(allowed.to(tl.int32), 1)
@@ -303,6 +187,7 @@ def select_blocks_cuda(
     kv_block: int,
     density: float | Tensor,
     max_density: float | None = None,
+    self_similarity: float | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists by pooled top-k, one per (batch, query head, query block).
@@ -316,6 +201,8 @@ def select_blocks_cuda(
         density: share of the band-visible blocks to keep, or float32 [B or 1, H] on the device, one per head.
         max_density: with a tensor, the greatest density in it (it sizes the lists without reading the tensor); a
             greater one is cut to it. None: 1.0.
+        self_similarity: query and key blocks whose tokens' mean cosine is under it are computed whole, whatever the
+            density: their mean says nothing (SpargeAttn, arXiv 2502.18137). Lists then have room for every block.
         counter: int64 [3] on the device; [2] += blocks with any visible pair, over all (batch, head, row).
 
     Returns:
@@ -334,6 +221,7 @@ def select_blocks_cuda(
         "q_block": q_block,
         "kv_block": kv_block,
         "max_density": max_density,
+        "self_similarity": self_similarity,
     }
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
@@ -346,37 +234,6 @@ def select_blocks_cuda(
     inputs = (q, k, q_segments, kv_segments, per_head, counter)
     kv_num_blocks, kv_indices = run_prepared(q.device, numbers, inputs, build)
     return cast(Tensor, kv_num_blocks), cast(Tensor, kv_indices)
-
-
-def _average_launch(x: Tensor, segments: Tensor | None, block: int, *, transposed: bool) -> tuple[Launch, Tensor]:
-    """The launch that averages blocks, and its result float32 [B, H, blocks, D'] (transposed: [B, H, D', blocks']).
-
-    D' is a multiple of UNROLL, filled up with zeros; blocks' one of 16, filled up with anything.
-    """
-    batch, heads, length, head_dim = x.shape
-    blocks, padded = ceil_div(length, block), ceil_div(head_dim, UNROLL) * UNROLL
-    columns = ceil_div(blocks, 16) * 16
-    shape = (batch, heads, padded, columns) if transposed else (batch, heads, blocks, padded)
-    means = x.new_empty(shape, dtype=torch.float32)
-    arguments: dict[str, Any] = {
-        "x_ptr": x,
-        "segments_ptr": x if segments is None else segments,
-        "out_ptr": means,
-        **dict(zip(("x_stride_b", "x_stride_h", "x_stride_s", "x_stride_d"), x.stride(), strict=True)),
-        "segment_stride_b": 0 if segments is None else segments.stride(0),
-        "segment_stride_s": 1 if segments is None else segments.stride(1),
-        "out_stride_h": means.stride(1),
-        "out_stride_r": 1 if transposed else padded,
-        "out_stride_d": columns if transposed else 1,
-        "length": length,
-        "heads": heads,
-        "BLOCK": block,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": padded,
-        "BLOCK_D": tile_side(head_dim),
-        "HAS_SEGMENTS": segments is not None,
-    }
-    return Launch(_average_blocks, (blocks, heads, batch), arguments, {"num_warps": 8}), means
 
 
 def select_launches(
@@ -393,6 +250,7 @@ def select_launches(
     kv_block: int,
     density: float | Tensor,
     max_density: float | None,
+    self_similarity: float | None = None,
     counter: Tensor | None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of ``select_blocks_cuda`` and the lists they fill."""
@@ -410,42 +268,16 @@ def select_launches(
     band = {"q_len": q_len, "kv_len": kv_len, "left": host.side(left), "right": host.side(right), "offset": offset}
     sizes = {"Q_BLOCK": q_block, "KV_BLOCK": kv_block}
 
-    q_launch, q_means = _average_launch(q, None if kv_segments is None else q_segments, q_block, transposed=False)
-    k_launch, k_means = _average_launch(k, kv_segments, kv_block, transposed=True)
+    similar: dict[str, Any] = {"self_similarity": self_similarity}
+    q_launch, q_means, q_unlike = average_launch(q, None if kv_segments is None else q_segments, q_block, **similar)
+    k_launch, k_means, k_unlike = average_launch(k, kv_segments, kv_block, transposed=True, **similar)
     launches = [q_launch, k_launch]
     unused = q_means  # a pointer for what is not there; never read
 
     allowed: Tensor = unused
     if kv_segments is not None:
-        kv_launch, kv_ranges = segment_range_launch(kv_segments, kv_block)
-        launches.append(kv_launch)
-        q_ranges = kv_ranges
-        if q_segments is not None:
-            q_launch, q_ranges = segment_range_launch(q_segments, q_block)
-            launches.append(q_launch)
-        allowed = q.new_empty(batch, rows, blocks, dtype=torch.int8)
-        seen_q = kv_segments if q_segments is None else q_segments
-        arguments: dict[str, Any] = {
-            "q_segments_ptr": seen_q,
-            "kv_segments_ptr": kv_segments,
-            "q_ranges_ptr": q_ranges,
-            "kv_ranges_ptr": kv_ranges,
-            "allowed_ptr": allowed,
-            "q_segments_stride_b": seen_q.stride(0),
-            "q_segments_stride_s": seen_q.stride(1),
-            "kv_segments_stride_b": kv_segments.stride(0),
-            "kv_segments_stride_s": kv_segments.stride(1),
-            "q_planes": q_ranges.stride(0),
-            "kv_planes": kv_ranges.stride(0),
-            **band,
-            "rows": rows,
-            "blocks": blocks,
-            **sizes,
-            "CHUNK": 32,
-            "STEP": 16,
-            "HAS_Q_SEGMENTS": q_segments is not None,
-        }
-        launches.append(Launch(_allowed_blocks, (ceil_div(blocks, 32), rows, batch), arguments, {"num_warps": 4}))
+        more, allowed = allowed_launches(q_segments, kv_segments, band, q_block, kv_block)
+        launches += more
 
     shape = (q_len, kv_len, left, right, offset, q_block, kv_block)
     budgets: Tensor | None = None
@@ -477,7 +309,7 @@ def select_launches(
     else:
         budget = blocks_per_row(*shape, density)
 
-    width = list_width(kv_len, kv_block, budget)
+    width = blocks if self_similarity is not None else list_width(kv_len, kv_block, budget)
     kv_num_blocks = q.new_empty(batch, heads, rows, dtype=torch.int32)
     kv_indices = q.new_empty(batch, heads, rows, width, dtype=torch.int32)
     columns = tile_side(blocks)
@@ -491,6 +323,8 @@ def select_launches(
         "counts_ptr": kv_num_blocks,
         "lists_ptr": kv_indices,
         "counter_ptr": unused if counter is None else counter,
+        "q_unlike_ptr": unused if q_unlike is None else q_unlike,
+        "k_unlike_ptr": unused if k_unlike is None else k_unlike,
         "k_means_stride": k_means.stride(2),
         "scale": scale,
         "budget": budget,
@@ -509,6 +343,7 @@ def select_launches(
         "UNROLL": UNROLL,
         "HAS_SEGMENTS": kv_segments is not None,
         "HAS_BUDGETS": budgets is not None,
+        "HAS_UNLIKE": q_unlike is not None,
         "COUNT": counter is not None,
     }
     warps = {8192: 8}.get(columns, 4)

@@ -3,18 +3,26 @@
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import KernelInputError, PolicyError
+from sparsepass.kernels.dispatch import Visible
 from sparsepass.methods import (
     METHODS,
+    AShape,
     Dense,
     Method,
     PooledTopK,
+    Threshold,
+    TopP,
+    XAttention,
     budget_from_json,
     budget_to_json,
     decode_budget,
@@ -26,17 +34,33 @@ from sparsepass.methods import (
 from sparsepass.types import DENSE, Budget
 
 DENSITIES = st.floats(0, 1, exclude_min=True)
+BLOCK = st.sampled_from([None, 64, 128])
+FEW = st.integers(0, 9)
+COSINES = st.none() | st.floats(-1, 1)
 POOLED = st.one_of(
-    st.builds(PooledTopK, DENSITIES, st.sampled_from([None, 64, 128])),
+    st.builds(PooledTopK, DENSITIES, BLOCK, self_similarity=COSINES),
     st.lists(DENSITIES, min_size=1, max_size=5).map(lambda heads: PooledTopK(max(heads), None, tuple(heads))),
 )
-SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {Dense: st.just(Dense()), PooledTopK: POOLED}
+SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
+    Dense: st.just(Dense()),
+    AShape: st.builds(AShape, st.integers(1, 1 << 30), st.integers(0, 1 << 20), BLOCK),
+    PooledTopK: POOLED,
+    Threshold: st.builds(
+        Threshold, st.floats(0, 1), sink=FEW, window=st.integers(1, 9), last=FEW, block=BLOCK, self_similarity=COSINES,
+        expected_density=DENSITIES,
+    ),
+    TopP: st.builds(
+        TopP, DENSITIES, st.sampled_from(["pooled", "mass"]), sink=FEW, window=st.integers(1, 9), block=BLOCK,
+        self_similarity=COSINES, expected_density=DENSITIES,
+    ),
+    XAttention: st.builds(XAttention, DENSITIES, st.sampled_from([4, 8, 16, 32]), BLOCK, DENSITIES),
+}  # fmt: skip
 """A new method adds its own line: the matrix below then covers it."""
 
 
 def test_every_method_has_a_sample_and_a_name() -> None:
     assert set(SAMPLES) == set(METHODS)
-    assert method_names() == ("dense", "pooled_topk")
+    assert method_names() == ("dense", "a_shape", "pooled_topk", "threshold", "top_p", "xattention")
 
 
 @pytest.mark.parametrize("method_type", METHODS)
@@ -56,6 +80,50 @@ def test_round_trips(method_type: type[Method]) -> None:
         assert hash(method) == hash(make_method(budget))
 
     check()
+
+
+@pytest.mark.parametrize("method_type", [one for one in METHODS if one.dial is not None])
+def test_cap_computes_as_much_as_each(method_type: type[Method]) -> None:
+    @settings(deadline=None)
+    @given(SAMPLES[method_type], SAMPLES[method_type], st.booleans())
+    def check(one: Method, other: Method, dense: bool) -> None:
+        dial = str(method_type.dial)
+        other = replace(one.uniform(), **{dial: getattr(other.uniform(), dial)})  # type: ignore[type-var]
+        cap = method_type.cap([one, other, *([Dense()] if dense else [])])
+        (most,) = set(cap.dials(3))
+        distance = [abs(method_type.dial_at_all - value) for value in (most, *one.uniform().dials(1), *other.dials(1))]
+        assert distance[0] == (0 if dense else min(distance))
+        assert method_type.cap([cap, one, other]) == method_type.cap([cap]) == cap
+
+    check()
+
+
+def test_cap_refuses_what_cannot_share_a_batch() -> None:
+    small, large = PooledTopK(0.1, 64), PooledTopK(0.2, 128)
+    for methods in ([small, large], [Dense()], []):
+        with pytest.raises(PolicyError, match=r"must share a method.*pooled_topk \(density\)"):
+            PooledTopK.cap(methods)
+    assert PooledTopK.cap([small, PooledTopK(0.3, 64, (0.3, 0.1))]) == PooledTopK(0.3, 64)
+    assert PooledTopK(0.3, 64, (0.3, 0.1)).dials(2) == (0.3, 0.1)
+    with pytest.raises(PolicyError, match="dense has no dial"):
+        Dense().dials(2)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)])
+def test_a_dial_overrides_the_methods_own(shape: tuple[int, int]) -> None:
+    query, key = torch.randn(2, 4, 512, 16), torch.randn(2, 2, 512, 16)
+    dials = torch.linspace(0.3, 0.9, shape[0] * shape[1]).view(shape)
+    options: dict[str, Any] = {"scale": 0.25, "visible": Visible(right=0), "counter": None}
+    lists = PooledTopK(0.9, 64).select(query, key, dial=dials, **options)
+    for item, head in product(range(2), range(4)):
+        density = float(dials.expand(2, 4)[item, head])
+        own = PooledTopK(density, 64).select(query, key, **options)
+        assert torch.equal(lists.kv_num_blocks[item, head], own.kv_num_blocks[item, head])
+        width = own.kv_indices.shape[-1]
+        assert torch.equal(lists.kv_indices[item, head, :, :width], own.kv_indices[item, head])
+    for wrong in (dials.double(), dials[0], torch.ones(3, 4)):
+        with pytest.raises(KernelInputError, match=r"accepted is a number, or float32 \[2 or 1, 4 or 1\]"):
+            PooledTopK(0.9, 64).select(query, key, dial=wrong, **options)
 
 
 def test_text_form() -> None:
@@ -89,8 +157,44 @@ def test_bad_parameters(params: Mapping[str, Any], message: str) -> None:
         make_method(Budget("pooled_topk", params))
 
 
+@pytest.mark.parametrize(
+    ("method", "params", "message"),
+    [
+        ("a_shape", {"window": 0}, "window is 0; accepted is a whole number of at least 1"),
+        ("a_shape", {"sink": 1.5}, "sink is 1.5"),
+        ("a_shape", {"block": 32}, "a_shape block is 32"),
+        ("threshold", {"alpha": -0.1}, "alpha is -0.1; accepted is a number from 0"),
+        ("threshold", {"alpha": float("nan")}, "alpha is nan"),
+        ("threshold", {"window": 0}, "window is 0"),
+        ("threshold", {"last": -1}, "last is -1"),
+        ("threshold", {"self_similarity": 2}, "self_similarity is 2; accepted is a cosine"),
+        ("top_p", {"coverage": 0}, "coverage is 0"),
+        ("top_p", {"score": "best"}, "score is 'best'; accepted are 'pooled', 'mass', 'antidiagonal'"),
+        ("top_p", {"score": "antidiagonal", "self_similarity": 0.5}, "not for 'antidiagonal'"),
+        ("xattention", {"tau": 1.5}, "tau is 1.5"),
+        ("xattention", {"stride": 3}, "stride is 3; accepted are 4, 8, 16, 32"),
+        ("xattention", {"expected_density": 0}, "expected_density is 0"),
+    ],
+)
+def test_bad_parameters_of_scored_methods(method: str, params: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make_method(Budget(method, params))
+
+
+def test_a_shapes_density_follows_the_length() -> None:
+    method = AShape(window=512, sink=128, block=64)
+    for length in (256, 1024, 8192):
+        counts = method.select(
+            torch.zeros(1, 1, length, 16), torch.zeros(1, 1, length, 16), scale=1.0, visible=Visible(right=0),
+            counter=None,
+        ).kv_num_blocks  # fmt: skip
+        blocks = length // 64
+        share = int(counts.sum()) / (blocks * (blocks + 1) / 2)
+        assert method.density_at(length) == pytest.approx(share, abs=0.08)
+
+
 def test_unknown_names() -> None:
-    with pytest.raises(PolicyError, match=r"'pooled_topk'.*Known: 'dense', 'pooled_topk'"):
+    with pytest.raises(PolicyError, match=r"'pooled_topk'.*Known: .*'dense'.*'pooled_topk'"):
         make_method(Budget("pooled_top_k"))
     with pytest.raises(PolicyError, match="takes no parameters"):
         make_method(Budget("dense", {"density": 1}))

@@ -4,6 +4,7 @@ One method is one frozen dataclass in one file, listed in ``catalogue.METHODS``:
 on creation. ``docs/policy.md`` has the recipe for adding one.
 """
 
+from sparsepass.methods.a_shape import AShape
 from sparsepass.methods.base import Method
 from sparsepass.methods.catalogue import (
     METHODS,
@@ -17,12 +18,19 @@ from sparsepass.methods.catalogue import (
 )
 from sparsepass.methods.dense import Dense
 from sparsepass.methods.pooled_topk import PooledTopK
+from sparsepass.methods.threshold import Threshold
+from sparsepass.methods.top_p import TopP
+from sparsepass.methods.xattention import XAttention
 
 __all__ = [
     "METHODS",
+    "AShape",
     "Dense",
     "Method",
     "PooledTopK",
+    "Threshold",
+    "TopP",
+    "XAttention",
     "budget_from_json",
     "budget_to_json",
     "decode_budget",

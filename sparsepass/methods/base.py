@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsepass.errors import PolicyError
@@ -23,6 +23,10 @@ class Method:
     """Base of every selection method. Subclasses are frozen dataclasses; override what the defaults get wrong."""
 
     name: ClassVar[str]
+    dial: ClassVar[str | None] = None
+    """The one parameter that says how much is computed; ``None``: the method has none (dense)."""
+    dial_at_all: ClassVar[float] = 1.0
+    """The dial at which every visible block is computed. Its side of the others says which of two dials costs more."""
 
     @property
     def max_density(self) -> float:
@@ -33,6 +37,40 @@ class Method:
     def mean_density(self) -> float:
         """The share of the visible area computed over all heads: what the time follows."""
         return self.max_density
+
+    def density_at(self, length: int) -> float:
+        """``mean_density`` of a causal problem of ``length`` tokens; other where the share follows the length."""
+        return self.mean_density
+
+    def dials(self, heads: int) -> tuple[float, ...]:
+        """The dial of each of ``heads`` query heads. Raises ``PolicyError`` if the method has none."""
+        if self.dial is None:
+            raise PolicyError(f"{self.name} has no dial: it computes everything, in the dense kernel.")
+        return tuple(float(getattr(self.for_head(head), self.dial)) for head in range(heads))
+
+    @classmethod
+    def cap(cls, methods: Sequence[Method]) -> Method:
+        """One method of this type that computes at least as much as each of ``methods``: its dial is the costliest.
+
+        Buffers are sized for it, and ``select`` may then be given each request's own dial. ``Dense`` may be among the
+        methods: the dial becomes ``dial_at_all``. Raises ``PolicyError`` where other parameters or types differ.
+        """
+        own = [method.uniform() for method in methods if isinstance(method, cls)]
+        if cls.dial is None or not own or not all(isinstance(method, cls) or method.computes_all for method in methods):
+            raise cannot_share(cls, methods)
+        dials = [getattr(method, cls.dial) for method in own]
+        if len(own) < len(methods):
+            dials.append(cls.dial_at_all)
+        costliest = max(dials) if cls.dial_at_all >= max(dials) else min(dials)
+        caps = {replace(method, **{cls.dial: costliest}) for method in own}  # type: ignore[type-var]
+        if len(caps) != 1:
+            raise cannot_share(cls, methods)
+        return caps.pop()
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether this is the dense kernel."""
+        return False
 
     def for_head(self, head: int) -> Method:
         """This method as query head ``head`` sees it."""
@@ -53,8 +91,14 @@ class Method:
         scale: float,
         visible: Visible,
         counter: torch.Tensor | None,
+        dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        """Block lists for query [B, H, Sq, D] and key [B, Hkv, Skv, D]: the method itself. No host synchronization."""
+        """Block lists for query [B, H, Sq, D] and key [B, Hkv, Skv, D]: the method itself. No host synchronization.
+
+        ``dial``: float32 [B or 1, H or 1] on the device, each batch item's and head's own dial. The method's is then
+        the cap: it sizes buffers, and a dial that costs more is cut to it. ``counter``: int64 [3]; the number of
+        visible blocks is added to its last entry.
+        """
         raise NotImplementedError(f"{self.name} selects no blocks")
 
     def budget(self) -> Budget:
@@ -91,6 +135,40 @@ def share(method: str, parameter: str, value: Any) -> float:
     if not number or math.isnan(value) or not 0 < value <= 1:
         raise PolicyError(f"{method} {parameter} is {value!r}; accepted is a number above 0 and at most 1.")
     return float(value)
+
+
+def whole(method: str, parameter: str, value: Any, least: int) -> int:
+    """``value`` as an integer of at least ``least``. Raises ``PolicyError`` that names the method and the parameter."""
+    integral = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not integral or not least <= value <= 1 << 30:
+        raise PolicyError(f"{method} {parameter} is {value!r}; accepted is a whole number of at least {least}.")
+    return int(value)
+
+
+def block_size(method: str, value: Any) -> int | None:
+    """``value`` if lists may have blocks of that many tokens. Raises ``PolicyError``."""
+    if value is not None and (isinstance(value, bool) or value not in BLOCKS):
+        raise PolicyError(f"{method} block is {value!r}; accepted are 64, 128 or null (the default).")
+    return None if value is None else int(value)
+
+
+def similarity(method: str, value: Any) -> float | None:
+    """``value`` as a mean cosine, or None. Raises ``PolicyError``."""
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -1 <= value <= 1:
+        raise PolicyError(f"{method} self_similarity is {value!r}; accepted is a cosine from -1 to 1, or null (none).")
+    return float(value)
+
+
+def cannot_share(method: type[Method], methods: Sequence[Method]) -> PolicyError:
+    """The error for requests of one batch whose methods differ in more than their dial."""
+    given = ", ".join(sorted({one.text() for one in methods})) or "none"
+    return PolicyError(
+        f"The requests of one batch must share a method that differs in nothing but its dial, here {method.name} "
+        f"({method.dial}); given: {given}."
+    )
 
 
 def cannot_differ(method: type[Method], heads: Sequence[Method]) -> PolicyError:

@@ -9,12 +9,16 @@ from dataclasses import MISSING
 from typing import Any
 
 from sparsepass.errors import PolicyError, close_names
+from sparsepass.methods.a_shape import AShape
 from sparsepass.methods.base import Method, parameters
 from sparsepass.methods.dense import Dense
 from sparsepass.methods.pooled_topk import PooledTopK
+from sparsepass.methods.threshold import Threshold
+from sparsepass.methods.top_p import TopP
+from sparsepass.methods.xattention import XAttention
 from sparsepass.types import Budget
 
-METHODS: tuple[type[Method], ...] = (Dense, PooledTopK)
+METHODS: tuple[type[Method], ...] = (Dense, AShape, PooledTopK, Threshold, TopP, XAttention)
 """Every method. Order is that of the documentation."""
 
 _BY_NAME = {method.name: method for method in METHODS}

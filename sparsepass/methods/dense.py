@@ -17,3 +17,7 @@ class Dense(Method):
     @property
     def max_density(self) -> float:
         return 1.0
+
+    @property
+    def computes_all(self) -> bool:
+        return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import BLOCKS, Method, cannot_differ, share
+from sparsepass.methods.base import Method, block_size, cannot_differ, share, similarity
 from sparsepass.methods.dense import Dense
 from sparsepass.methods.heads import per_head
 
@@ -23,18 +23,22 @@ class PooledTopK(Method):
 
     ``density``: share of the visible blocks kept, in (0, 1]. At 1 every block runs through the sparse kernel.
     ``block``: tokens per block, 64 or 128; ``None``: the device's default.
-    ``head_densities``: one density per query head; ``density`` is then their maximum. Raises ``PolicyError``.
+    ``head_densities``: one density per query head; ``density`` is then their maximum.
+    ``self_similarity``: blocks whose tokens' mean cosine is under it are computed whole, besides (SpargeAttn). Raises
+    ``PolicyError``.
     """
 
     name: ClassVar[str] = "pooled_topk"
+    dial: ClassVar[str | None] = "density"
     density: float
     block: int | None = None
     head_densities: tuple[float, ...] | None = None
+    self_similarity: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", share(self.name, "density", self.density))
-        if self.block is not None and (isinstance(self.block, bool) or self.block not in BLOCKS):
-            raise PolicyError(f"pooled_topk block is {self.block!r}; accepted are 64, 128 or null (the default).")
+        object.__setattr__(self, "block", block_size(self.name, self.block))
+        object.__setattr__(self, "self_similarity", similarity(self.name, self.self_similarity))
         if self.head_densities is not None:
             given = self.head_densities
             if not isinstance(given, Sequence) or isinstance(given, str) or not given:
@@ -63,12 +67,15 @@ class PooledTopK(Method):
         scale: float,
         visible: Visible,
         counter: torch.Tensor | None,
+        dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        from sparsepass.kernels.dispatch import select_pooled_topk
+        from sparsepass.kernels.dispatch_select import select_pooled_topk
 
         density: float | torch.Tensor = self.density
-        if self.head_densities is not None:
-            density = per_head(self.head_densities, query.device)
+        if dial is not None:
+            density = dial
+        elif self.head_densities is not None:
+            density = per_head(self.head_densities, query.device, at_most=True)
         return select_pooled_topk(
             query,
             key,
@@ -77,12 +84,13 @@ class PooledTopK(Method):
             density=density,
             max_density=self.density,
             block=self.block,
+            self_similarity=self.self_similarity,
             counter=counter,
         )
 
     def prepare(self, device: torch.device) -> None:
         if self.head_densities is not None:
-            per_head(self.head_densities, device)
+            per_head(self.head_densities, device, at_most=True)
 
     def for_head(self, head: int) -> PooledTopK:
         if self.head_densities is None:
@@ -92,18 +100,19 @@ class PooledTopK(Method):
                 f"A budget with head_densities for {len(self.head_densities)} heads is used for head {head} (from 0); "
                 "give one density per query head of the model."
             )
-        return PooledTopK(self.head_densities[head], self.block)
+        return PooledTopK(self.head_densities[head], self.block, self_similarity=self.self_similarity)
 
     def uniform(self) -> PooledTopK:
-        return PooledTopK(self.density, self.block)
+        return PooledTopK(self.density, self.block, self_similarity=self.self_similarity)
 
     @classmethod
     def merge_heads(cls, heads: Sequence[Method]) -> Method:
         """Dense heads become density 1 where others are sparse: one launch serves the whole site."""
         if len(set(heads)) == 1:
             return heads[0]
-        blocks = {head.block for head in heads if isinstance(head, PooledTopK)}
-        if len(blocks) != 1 or not all(isinstance(head, PooledTopK | Dense) for head in heads):
+        others = {(head.block, head.self_similarity) for head in heads if isinstance(head, PooledTopK)}
+        if len(others) != 1 or not all(isinstance(head, PooledTopK | Dense) for head in heads):
             raise cannot_differ(cls, heads)
         densities = tuple(head.max_density for head in heads)
-        return cls(max(densities), blocks.pop(), densities)
+        block, self_similarity = others.pop()
+        return cls(max(densities), block, densities, self_similarity)
