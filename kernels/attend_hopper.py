@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -32,6 +34,11 @@ TILES = (HopperTile(64, 128, 4, 2), HopperTile(128, 128, 2, 2), HopperTile(256, 
 """Sized to the 227 KB of shared memory that one program may have."""
 
 COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24
+CARRIED = [5, 5, 7]
+"""Values that the loops over tiles carry: of the two computing warpgroups, and of the loading warp."""
+
+LOADS = 7
+"""Reads of the loading warp: a list's head, twice, and its further entries."""
 
 
 @lru_cache
@@ -152,4 +159,38 @@ def launch(
         "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
         "LOAD_REGISTERS": LOAD_REGISTERS,
     }
-    return Launch(attend_hopper, (grid,), arguments, {"num_warps": 4})
+    found = Launch(attend_hopper, (grid,), arguments, {"num_warps": 4})
+    variant = (str(q.dtype), tile.dim, *(v for v in arguments.values() if isinstance(v, bool)), arguments["GROUP"])
+    if variant not in _compiled:
+        _compiled[variant] = _compile(found)
+    return _compiled[variant] or found
+
+
+_compiled: dict[Hashable, str | None] = {}
+"""What went wrong when a variant of the kernel was compiled; None: nothing."""
+
+
+def _compile(launch: Launch) -> str | None:
+    try:
+        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+        reason = unsound(compiled.asm["ttgir"])
+    except Exception as error:  # a Triton that this was never tried with may fail in any way
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    if reason is not None:
+        log.warning("The Hopper kernel is not used, plain Triton is: %s", reason)
+        return f"It does not compile here: {reason}"
+    return None
+
+
+def unsound(ttgir: str) -> str | None:
+    """None if the compiler kept every value that the kernel's loops over tiles carry, else what it dropped.
+
+    Triton 3.6 was seen to merge carried values that only look alike. The kernel would then wait for ever.
+    """
+    carried = sorted(len(found.split(",")) for found in re.findall(r"scf\.while \(([^)]*)\)", ttgir))
+    if carried != CARRIED:
+        return f"its loops carry {carried} values, not {CARRIED}"
+    loads = len(re.findall(r"= tt\.load ", re.split(r"partition1", ttgir)[-1]))
+    if loads != LOADS:
+        return f"its loading warp reads {loads} numbers, not {LOADS}"
+    return None
