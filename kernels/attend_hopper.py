@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.blocks import ceil_div
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.spec import capability_of
 
@@ -21,17 +22,23 @@ log = logging.getLogger("sparsepass")
 
 
 class HopperTile(NamedTuple):
-    """Head size as computed (smaller ones are filled up with zeros), keys per step, slots of the ring."""
+    """Head size as computed (smaller ones are filled up with zeros), keys per step, slots of the ring, of queries."""
 
     dim: int
     keys: int
     slots: int
+    q_slots: int
 
 
-TILES = (HopperTile(64, 128, 4), HopperTile(128, 128, 2), HopperTile(256, 64, 2))
+TILES = (HopperTile(64, 128, 4, 2), HopperTile(128, 128, 2, 2), HopperTile(256, 64, 2, 1))
 """Sized to the 227 KB of shared memory that one program may have."""
 
 COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24
+CARRIED = [5, 5, 7]
+"""Values that the loops over tiles carry: of the two computing warpgroups, and of the loading warp."""
+
+LOADS = 7
+"""Reads of the loading warp: a list's head, twice, and its further entries."""
 
 
 @lru_cache
@@ -101,6 +108,7 @@ def launch(
     parted: Tensor,
     spans: Tensor,
     redo: Tensor,
+    ticket: Tensor,
     common: dict[str, Any],
     *,
     scale: float,
@@ -110,7 +118,8 @@ def launch(
     """The launch over ordered lists (``partition_launches``), or why there can be none.
 
     ``redo`` int32, one per tile of 128 rows, is set to 1 where a value came out NaN or infinite: a hidden inf or NaN
-    may have spoilt it. ``common``: the arguments shared with the kernels of ``attend_tiles_triton.py``.
+    may have spoilt it. ``ticket`` int32 [1] is 0 when the kernel starts. ``common``: the arguments shared with the
+    kernels of ``attend_tiles_triton.py``.
     """
     reason = why_not(q, k, v, scale=scale, q_block=q_block, kv_block=kv_block)
     if reason is None and not _copyable(out):
@@ -126,7 +135,7 @@ def launch(
     names = (
         *("spans_ptr", "parted_ptr", "q_segments_ptr", "kv_segments_ptr", "q_segments_stride_b", "q_segments_stride_s"),
         *("kv_segments_stride_b", "kv_segments_stride_s", "span_stride_b", "span_stride_h", "q_len", "kv_len", "left"),
-        *("right", "offset", "tiles", "width", "kv_heads", "group", "HAS_SEGMENTS", "HAS_Q_SEGMENTS"),
+        *("right", "offset", "tiles", "width", "kv_heads", "HAS_SEGMENTS", "HAS_Q_SEGMENTS"),
     )
     arguments = {
         "q_desc": descriptor(q, 64, tile.dim),
@@ -136,16 +145,52 @@ def launch(
         **{name: common[name] for name in names},
         "lse_ptr": spans if lse is None else lse,
         "redo_ptr": redo,
+        "ticket_ptr": ticket,
         "log2_scale": scale * LOG2E,
         "programs": programs,
-        "turns": ceil_div(programs, grid),
+        "GROUP": common["group"],
         "PER_ROW": q_block // ROWS,
         "PER_BLOCK": kv_block // tile.keys,
         "KEYS": tile.keys,
         "DIM": tile.dim,
         "SLOTS": tile.slots,
+        "Q_SLOTS": tile.q_slots,
         "RETURN_LSE": lse is not None,
         "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
         "LOAD_REGISTERS": LOAD_REGISTERS,
     }
-    return Launch(attend_hopper, (grid,), arguments, {"num_warps": 4})
+    found = Launch(attend_hopper, (grid,), arguments, {"num_warps": 4})
+    variant = (str(q.dtype), tile.dim, *(v for v in arguments.values() if isinstance(v, bool)), arguments["GROUP"])
+    if variant not in _compiled:
+        _compiled[variant] = _compile(found)
+    return _compiled[variant] or found
+
+
+_compiled: dict[Hashable, str | None] = {}
+"""What went wrong when a variant of the kernel was compiled; None: nothing."""
+
+
+def _compile(launch: Launch) -> str | None:
+    try:
+        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+        reason = unsound(compiled.asm["ttgir"])
+    except Exception as error:  # a Triton that this was never tried with may fail in any way
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    if reason is not None:
+        log.warning("The Hopper kernel is not used, plain Triton is: %s", reason)
+        return f"It does not compile here: {reason}"
+    return None
+
+
+def unsound(ttgir: str) -> str | None:
+    """None if the compiler kept every value that the kernel's loops over tiles carry, else what it dropped.
+
+    Triton 3.6 was seen to merge carried values that only look alike. The kernel would then wait for ever.
+    """
+    carried = sorted(len(found.split(",")) for found in re.findall(r"scf\.while \(([^)]*)\)", ttgir))
+    if carried != CARRIED:
+        return f"its loops carry {carried} values, not {CARRIED}"
+    loads = len(re.findall(r"= tt\.load ", re.split(r"partition1", ttgir)[-1]))
+    if loads != LOADS:
+        return f"its loading warp reads {loads} numbers, not {LOADS}"
+    return None

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
+from sparsepass.kernels.attend_hopper import COMPUTE_REGISTERS, LOAD_REGISTERS, HopperTile
 from sparsepass.kernels.attend_triton import attend_launches
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.select_triton import select_launches
@@ -50,6 +51,45 @@ def compile_launch(launch: Launch, capability: Capability) -> Any:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     return triton_compile(source, target=target, options=launch.options)
+
+
+def compile_hopper(tile: HopperTile, dtype: torch.dtype, *, segments: bool, kv_block: int = 128) -> Any:
+    """The Gluon kernel for sm_90, with or without all that is optional."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from sparsepass.kernels.hopper_gluon import attend_hopper
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    fixed = {
+        "GROUP": 4,
+        "PER_ROW": 1,
+        "PER_BLOCK": kv_block // tile.keys,
+        "KEYS": tile.keys,
+        "DIM": tile.dim,
+        "SLOTS": tile.slots,
+        "Q_SLOTS": tile.q_slots,
+        "HAS_SEGMENTS": segments,
+        "HAS_Q_SEGMENTS": segments,
+        "RETURN_LSE": segments,
+        "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
+        "LOAD_REGISTERS": LOAD_REGISTERS,
+    }
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(attend_hopper.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[(index,)] = "constexpr", fixed[name]
+        elif name.endswith("_desc"):
+            rows = tile.keys if name[0] in "kv" else 64
+            signature[name] = f"tensordesc<{TYPES[dtype]}[1, 1, {rows}, {tile.dim}],{layout!r}>"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name == "lse_ptr" else "*i32"
+        else:
+            signature[name] = "fp32" if name == "log2_scale" else "i32"
+    source = GluonASTSource(attend_hopper, signature, constants, {})
+    return triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
 def resources(compiled: Any) -> dict[str, int]:

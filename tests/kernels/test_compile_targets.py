@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from sparsepass.kernels import spec
-from tests.kernels.compile_offline import compile_launch, launches_for, resources
+from sparsepass.kernels import attend_hopper, spec
+from tests.kernels.compile_offline import compile_hopper, compile_launch, launches_for, resources
 
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 MATRIX_INSTRUCTION = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
@@ -75,3 +75,28 @@ def test_selection_compiles_for_every_row_length(monkeypatch: pytest.MonkeyPatch
     select = next(launch for launch in launches if launch.kernel.__name__ == "_select")
     used = resources(compile_launch(select, (9, 0)))
     assert used["STACK"] + used["LOCAL"] == 0, used
+
+
+@pytest.mark.skipif(attend_hopper.missing() is not None, reason="this Triton has not all of Gluon")
+@pytest.mark.parametrize("segments", [False, True], ids=["plain", "segments"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tile", attend_hopper.TILES, ids=lambda tile: f"d{tile.dim}")
+def test_the_hopper_kernel_compiles(tile: attend_hopper.HopperTile, dtype: torch.dtype, segments: bool) -> None:
+    compiled = compile_hopper(tile, dtype, segments=segments)
+    used = resources(compiled)
+    # A few numbers that are read once a tile may lie on the stack; the loop over blocks has none there.
+    assert used["LOCAL"] == 0 and used["STACK"] <= 32, used
+    assert used["REG"] == 168, f"{used}: registers are moved between the warps on the premise of 168 each"
+    assert used["SHARED"] <= SHARED_LIMIT[(9, 0)], used
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert "setmaxnreg.inc" in compiled.asm["ptx"]
+    assert attend_hopper.unsound(compiled.asm["ttgir"]) is None
+
+
+def test_a_dropped_value_is_noticed() -> None:
+    """The miscompile that made an earlier kernel wait for ever: a loop that carries fewer values than it was given."""
+    tile = attend_hopper.TILES[0]
+    text = compile_hopper(tile, torch.bfloat16, segments=False).asm["ttgir"]
+    start = text.rindex("scf.while (") + len("scf.while (")
+    assert attend_hopper.unsound(text[:start] + text[text.index(",", start) + 1 :]) is not None
+    assert attend_hopper.unsound(text[: text.rindex("= tt.load")]) is not None
