@@ -659,12 +659,12 @@ def column_launches(
         "times": (batch // mark_batch) * (heads // mark_heads),
         "Q_BLOCK": q_block,
         "KV_BLOCK": kv_block,
-        "CHUNK": 1024,
+        "CHUNK": 512,
         "HAS_SEGMENTS": kv_segments is not None,
         "HAS_Q_SEGMENTS": q_segments is not None,
         "COUNT": counter is not None,
     }
-    launches.append(Launch(_mark_columns, (rows, mark_heads, mark_batch), arguments, {"num_warps": 4}))
+    launches.append(Launch(_mark_columns, (rows, mark_heads, mark_batch), arguments, {"num_warps": 2}))
 
     tile = column_tile(q.dtype, max(head_dim, v_head_dim), capability_of(q.device))
     block_m, block_d = min(tile.block_m, q_block), tile_side(head_dim)
@@ -720,8 +720,7 @@ def column_launches(
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     launches.append(Launch(_attend_columns, (programs,), arguments, options))
     arguments = {**common, "programs": programs, "STEP": 16, "FLAGS": 64}
-    warps = 4 if 64 < v_head_dim <= 128 else 8
     launches.append(
-        Launch(_add_nonfinite_columns, (ceil_div(programs, 64),), arguments, {"num_warps": warps, "num_stages": 1})
+        Launch(_add_nonfinite_columns, (ceil_div(programs, 64),), arguments, {"num_warps": 2, "num_stages": 1})
     )
     return launches

@@ -318,7 +318,7 @@ def estimate_launches(
     wide = q.dtype == torch.float32
     major = capability_of(q.device)[0]
     # Keys per step, first and second pass: as many as do not spill. Summing diagonals takes registers.
-    look = 32 if wide else 64 if block_d > 128 or major == 8 else 128
+    look = 32 if wide else 64 if block_d > 128 or major != 9 else 128
     block_n = look if major == 9 else min(look, 64)
     look_tiles, key_tiles = ceil_div(kv_len, look), ceil_div(kv_len, block_n)
     queries = windows * WINDOW
