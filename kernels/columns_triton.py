@@ -424,12 +424,15 @@ def _add_nonfinite_columns(
     HAS_Q_SEGMENTS: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    """``visible_triton.add_nonfinite_values`` for the columns that need a mask. Grid: ceil(programs / FLAGS)."""
+    """``visible_triton.add_nonfinite_values`` for the columns that need a mask, a slice of the value's dimensions each.
+
+    Grid: (ceil(programs / FLAGS), ceil(V_HEAD_DIM / BLOCK_DV)).
+    """
     mine = tl.program_id(0) * FLAGS + tl.arange(0, FLAGS)
     flags = tl.load(flags_ptr + mine, mask=mine < programs, other=0)
     if tl.max(flags, 0) == 0:
         return
-    v_dim = tl.arange(0, BLOCK_DV)
+    v_dim = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     v_dim_mask = v_dim < V_HEAD_DIM
     for program in range(tl.program_id(0) * FLAGS, tl.minimum((tl.program_id(0) + 1) * FLAGS, programs)):
         if tl.load(flags_ptr + program) > 0:
@@ -719,8 +722,9 @@ def column_launches(
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     launches.append(Launch(_attend_columns, (programs,), arguments, options))
-    arguments = {**common, "programs": programs, "STEP": 16, "FLAGS": 64}
-    launches.append(
-        Launch(_add_nonfinite_columns, (ceil_div(programs, 64),), arguments, {"num_warps": 2, "num_stages": 1})
-    )
+    # Slices of 32 dimensions: the kernel nearly never does anything, and must not spill for it.
+    arguments = {**common, "programs": programs, "STEP": 16, "FLAGS": 64, "BLOCK_DV": min(32, tile_side(v_head_dim))}
+    grid = (ceil_div(programs, 64), ceil_div(v_head_dim, 32))
+    options = {"num_warps": 2, "num_stages": 2 if capability_of(q.device)[0] == 8 else 1}
+    launches.append(Launch(_add_nonfinite_columns, grid, arguments, options))
     return launches
