@@ -85,6 +85,8 @@ class SiteReport:
     near_misses: tuple[Skip, ...] = ()
     rows: tuple[RowReport, ...] = ()
     """The rows of the last call, where budgets differ by row."""
+    kernel: str | None = None
+    """The kernel that ran: hopper, triton, native (C++) or gathered (torch); ``None`` if no sparse one did."""
 
     @property
     def plan_words(self) -> str:
