@@ -23,16 +23,33 @@ from sparsepass.kernels.visible_triton import program_place
 
 @triton.jit
 def _store_scores(
-    q, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len, kv_len, left, right, offset,
-    blocks, kv_planes,
-    KV_BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len,
+    kv_len, left, right, offset, blocks, kv_planes,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM_STEP: tl.constexpr, MASKED: tl.constexpr, HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one query block against TILE key blocks; ``scores_ptr`` is the row's, ``k_ptr`` the KV head's."""
+    """Scores of one query block against TILE key blocks; ``scores_ptr`` is the row's, ``k_ptr`` the KV head's.
+
+    ``q`` holds the first DIM_STEP dimensions; where those are not all, the others are loaded here.
+    """
     column = tile * TILE + tl.arange(0, TILE)
-    at = k_ptr + column[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    k = tl.load(at, mask=(column < blocks)[:, None], other=0.0) if MASKED else tl.load(at)
-    score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale
+    at = k_ptr + column[:, None] * BLOCK_D
+    if DIM_STEP == BLOCK_D:
+        dim = tl.arange(0, BLOCK_D)[None, :]
+        k = tl.load(at + dim, mask=(column < blocks)[:, None], other=0.0) if MASKED else tl.load(at + dim)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    else:
+        score = tl.zeros([TILE, Q_BLOCK], tl.float32)
+        for begin in range(0, BLOCK_D, DIM_STEP):
+            dim = begin + tl.arange(0, DIM_STEP)
+            part = tl.load(
+                q_base + token.to(tl.int64)[:, None] * q_stride_s + dim.to(tl.int64)[None, :] * q_stride_d,
+                mask=(token < q_len)[:, None] & (dim < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            k = tl.load(at + dim[None, :], mask=(column < blocks)[:, None], other=0.0)
+            score = tl.dot(k, tl.trans(part), score, input_precision=PRECISION)
+    score = score * log2_scale
     if MASKED:
         # A query counts where none of the block's keys lies ahead of what it sees, and at least one is within.
         last_key = tl.minimum(column * KV_BLOCK + KV_BLOCK, kv_len) - 1
@@ -81,6 +98,7 @@ def _mass_scores(
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DIM_STEP: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,7 +110,7 @@ def _mass_scores(
     """
     item, kv_head, head, row = program_place(tl.program_id(0), rows, kv_heads, group)
     token = row * Q_BLOCK + tl.arange(0, Q_BLOCK)
-    dim = tl.arange(0, BLOCK_D)
+    dim = tl.arange(0, DIM_STEP)
     inside = token < q_len
     q_base = q_ptr + item.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     q = tl.load(
@@ -126,14 +144,16 @@ def _mass_scores(
     whole_end = tl.maximum(whole_end, whole_begin)
     for tile in range(whole_begin, whole_end):
         _store_scores(
-            q, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len, kv_len, left, right,
-            offset, blocks, kv_planes, KV_BLOCK, TILE, BLOCK_D, False, HAS_SEGMENTS, PRECISION,
+            q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale,
+            q_len, kv_len, left, right, offset, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D, DIM_STEP,
+            False, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
     for edge in range(begin, end - (whole_end - whole_begin)):
         tile = tl.where(edge < whole_begin, edge, edge + (whole_end - whole_begin))
         _store_scores(
-            q, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len, kv_len, left, right,
-            offset, blocks, kv_planes, KV_BLOCK, TILE, BLOCK_D, True, HAS_SEGMENTS, PRECISION,
+            q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale,
+            q_len, kv_len, left, right, offset, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D, DIM_STEP,
+            True, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
 
 
@@ -151,7 +171,7 @@ def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) ->
         return MassTile(32, 8, 1)
     if head_dim > 128:
         return MassTile(64, 8, 1 if capability[0] == 8 else 2)
-    return MassTile(64, 8, 2) if capability[0] == 8 else MassTile(128, 8, 2)
+    return MassTile(128, 8, 2) if capability[0] == 9 else MassTile(64, 8, 2)
 
 
 def mass_launch(
@@ -197,6 +217,7 @@ def mass_launch(
         "TILE": tile.tile,
         "HEAD_DIM": head_dim,
         "BLOCK_D": k_means.shape[3],
+        "DIM_STEP": k_means.shape[3] if q.dtype != torch.float32 else min(32, k_means.shape[3]),
         "HAS_SEGMENTS": kv_ranges is not None,
         "HAS_Q_SEGMENTS": has_q_segments,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
