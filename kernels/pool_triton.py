@@ -196,7 +196,7 @@ def average_launch(
         "BLOCK": block,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded,
-        "BLOCK_D": tile_side(head_dim),
+        "BLOCK_D": tile_side(padded),
         "HAS_SEGMENTS": segments is not None,
         "FIND_UNLIKE": unlike is not None,
     }
