@@ -34,7 +34,7 @@ def _segment_ranges(segments_ptr, ranges_ptr, stride_b, stride_s, length, blocks
 def _partition_lists(
     counts_ptr,
     lists_ptr,
-    edge_counts_ptr,
+    spans_ptr,
     parted_ptr,
     q_ranges_ptr,
     kv_ranges_ptr,
@@ -65,7 +65,7 @@ def _partition_lists(
     HAS_Q_SEGMENTS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Copies one row's list with the blocks that need a mask first, and writes how many those are.
+    """Copies one row's list with the blocks that need a mask first; writes its length and how many those are.
 
     Grid: (rows, heads, batch) of the lists. ``times`` is how many (batch, head) pairs share a row, for the counter.
     """
@@ -116,7 +116,8 @@ def _partition_lists(
         tl.store(target + count - inner - tl.cumsum(whole_here, 0), block, mask=whole_here != 0)
         edges += tl.sum(edge, 0)
         inner += tl.sum(whole_here, 0)
-    tl.store(edge_counts_ptr + place, edges)
+    tl.store(spans_ptr + 2 * place, count)
+    tl.store(spans_ptr + 2 * place + 1, edges)
     if COUNT:
         tl.atomic_add(counter_ptr + 1, count.to(tl.int64) * times, sem="relaxed")
         if (row == 0) & (head == 0) & (item == 0):
@@ -159,8 +160,8 @@ def partition_launches(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Launches that order every list with the blocks needing a mask first, and what they fill.
 
-    Returns (launches, lists int32 [Bp, Hp, nq, width], how many need a mask int32 [Bp, Hp, nq]); Hp is that of the
-    given lists, Bp too unless there are segments.
+    Returns (launches, lists int32 [Bp, Hp, nq, width], spans int32 [Bp, Hp, nq, 2]: a list's length, and how many of
+    its blocks need a mask); Hp is that of the given lists, Bp too unless there are segments.
     """
     launches: list[Launch] = []
     q_ranges = kv_ranges = None
@@ -174,13 +175,13 @@ def partition_launches(
     width = kv_indices.shape[3]
     # Which blocks need a mask depends on the batch item once there are segments, even if the lists are shared.
     part_batch = batch if kv_segments is not None else list_batch
-    edge_counts = kv_indices.new_empty(part_batch, list_heads, rows)
+    spans = kv_indices.new_empty(part_batch, list_heads, rows, 2)
     parted = kv_indices.new_empty(part_batch, list_heads, rows, width)
-    unused = edge_counts  # a pointer for what is not there; never read
+    unused = spans  # a pointer for what is not there; never read
     arguments: dict[str, Any] = {
         "counts_ptr": kv_num_blocks,
         "lists_ptr": kv_indices,
-        "edge_counts_ptr": edge_counts,
+        "spans_ptr": spans,
         "parted_ptr": parted,
         "q_ranges_ptr": unused if q_ranges is None else q_ranges,
         "kv_ranges_ptr": unused if kv_ranges is None else kv_ranges,
@@ -212,4 +213,4 @@ def partition_launches(
         "COUNT": counter is not None,
     }
     launches.append(Launch(_partition_lists, (rows, list_heads, part_batch), arguments, {"num_warps": 1}))
-    return launches, parted, edge_counts
+    return launches, parted, spans

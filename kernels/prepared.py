@@ -7,6 +7,7 @@ each combination of those; after that only the tensors change.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -31,18 +32,26 @@ class Prepared:
     ) -> None:
         slots = {id(x): index for index, x in reversed(list(enumerate(inputs))) if x is not None}
         room: list[Tensor] = []
-        self._steps: list[tuple[Callable[..., None], list[Any], list[tuple[int, int]]]] = []
+        self._steps: list[tuple[Callable[..., None], list[Any], list[tuple[int, int]], list[tuple[int, int]]]] = []
         for launch, kernel in zip(launches, compiled, strict=True):
             arguments = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
-            tensors = []
+            tensors, descriptors = [], []
             for position, value in enumerate(arguments):
-                if isinstance(value, Tensor):
-                    if id(value) not in slots:
-                        slots[id(value)] = len(inputs) + len(room)
-                        room.append(value)
-                    tensors.append((position, slots[id(value)]))
-                    arguments[position] = None  # hold on to no one's memory
-            self._steps.append((kernel[(*launch.grid, 1, 1)[:3]], arguments, tensors))
+                tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)
+                if not isinstance(tensor, Tensor):
+                    continue
+                if id(tensor) not in slots:
+                    slots[id(tensor)] = len(inputs) + len(room)
+                    room.append(tensor)
+                # Hold on to no one's memory.
+                if tensor is value:
+                    tensors.append((position, slots[id(tensor)]))
+                    arguments[position] = None
+                else:  # a descriptor for the copy engine: the same but for the tensor
+                    descriptors.append((position, slots[id(tensor)]))
+                    arguments[position] = copy.copy(value)
+                    arguments[position].base = None
+            self._steps.append((kernel[(*launch.grid, 1, 1)[:3]], arguments, tensors, descriptors))
         self._room = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in room]
         self._outputs = [None if x is None else slots[id(x)] for x in outputs]
 
@@ -51,10 +60,13 @@ class Prepared:
         tensors = [*inputs]
         for shape, stride, dtype, device in self._room:
             tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        for kernel, template, slots in self._steps:
+        for kernel, template, slots, descriptors in self._steps:
             arguments = template.copy()
             for position, slot in slots:
                 arguments[position] = tensors[slot]
+            for position, slot in descriptors:
+                arguments[position] = copy.copy(template[position])
+                arguments[position].base = tensors[slot]
             kernel(*arguments)
         return tuple(None if slot is None else tensors[slot] for slot in self._outputs)
 

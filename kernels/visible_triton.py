@@ -42,7 +42,7 @@ def add_nonfinite_values(
     v_ptr,
     out_ptr,
     flags_ptr,
-    edge_counts_ptr,
+    spans_ptr,
     parted_ptr,
     q_segments_ptr,
     kv_segments_ptr,
@@ -54,8 +54,8 @@ def add_nonfinite_values(
     q_segments_stride_s,
     kv_segments_stride_b,
     kv_segments_stride_s,
-    edge_stride_b,
-    edge_stride_h,
+    span_stride_b,
+    span_stride_h,
     q_len,
     kv_len,
     left,
@@ -90,8 +90,8 @@ def add_nonfinite_values(
         if tl.load(flags_ptr + program) > 0:
             item, kv_head, head, tile = program_place(program, tiles, kv_heads, group)
             item64 = item.to(tl.int64)
-            place = item64 * edge_stride_b + head.to(tl.int64) * edge_stride_h + tile * BLOCK_M // Q_BLOCK
-            edges = tl.load(edge_counts_ptr + place)
+            place = item64 * span_stride_b + head.to(tl.int64) * span_stride_h + tile * BLOCK_M // Q_BLOCK
+            edges = tl.load(spans_ptr + 2 * place + 1)
             v_base = v_ptr + item64 * v_stride_b + kv_head.to(tl.int64) * v_stride_h
             for begin in range(tile * BLOCK_M, tl.minimum((tile + 1) * BLOCK_M, q_len), STEP):
                 token = begin + tl.arange(0, STEP)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "decorator": ["--length", "300"],
     "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
+    "own_kernel_test": ["--length", "40", "--device", "cpu"],
     "own_policy": ["--length", "1100", "--always-sparse"],
     "quickstart": ["--length", "1100", "--always-sparse", "--new-tokens", "2"],
     "serving_hints": ["--length", "1100", "--always-sparse"],
@@ -26,6 +27,12 @@ SMALL = {
 EXPECTED = {
     "decorator": ["function, by its own task:", "class:"],
     "demo": ["Dense Inductor against sparsepass", "1100", "Dense at 200 tokens, single_qa"],
+    "own_kernel_test": [
+        "Right. my_kernel: passed",
+        "not tried: padding and packing (no argument kv_segments)",
+        "WRONG. forgets_the_diagonal, case 'plain': largest error",
+        "To replay: sparsepass.testing.check_case(forgets_the_diagonal, Case(",
+    ],
     "own_policy": ["at /rules/0/budget", "Did you mean 'density'", "1x pooled_topk(density=0.14)"],
     "quickstart": ["2 sparse (density", "2x pooled_topk(density=0.4)", "2 new tokens"],
     "serving_hints": ["threads: 6 requests", "asyncio: 6 requests", "that of its own hint: True"],

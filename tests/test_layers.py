@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "hints methods crossover match drawlayout mask_values mask_mutation models",
         "patterns ops policy_rules draw mask_read",
         "policy functional mask_views mask_segments report",
-        "mask_terms policy_file report_table",
+        "mask_terms policy_file report_table testing",
         "mask cli_policy",
         "sites",
         "plan",
@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "cli",
     )
 )
-"""From the bottom up. A package (kernels, patterns, methods) is one entry: its files may import each other."""
+"""From the bottom up. A package (kernels, patterns, methods, testing) is one entry: its files may import each other."""
 
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 
@@ -77,7 +77,7 @@ def module_of(path: Path) -> str:
 
 FILES = [
     path
-    for folder in ("sparsepass", "sparsepass/methods", "kernels", "patterns")
+    for folder in ("sparsepass", "sparsepass/methods", "sparsepass/testing", "kernels", "patterns")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"  # it re-exports the public names, from every layer
 ]
@@ -150,6 +150,12 @@ def test_triton_is_imported_by_kernels_alone(path: Path) -> None:
     if "triton" in path.stem or module_of(path).startswith("sparsepass.kernels."):
         return
     assert not any(found.module.split(".")[0] == "triton" for found in imports(parse(path)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_hypothesis_is_imported_by_the_test_kit_alone(path: Path) -> None:
+    if unit(module_of(path)) != "sparsepass.testing":
+        assert not any(found.module.split(".")[0] == "hypothesis" for found in imports(parse(path)))
 
 
 def test_the_checks_see_what_they_are_for() -> None:

@@ -17,7 +17,7 @@ import sparsepass
 from sparsepass.environment import package_version
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("jsonschema", "matplotlib", "torch._inductor.compile_fx", "transformers", "triton", "typer")
+HEAVY = ("hypothesis", "jsonschema", "matplotlib", "torch._inductor.compile_fx", "transformers", "triton", "typer")
 
 
 def run(*command: str, where: Path = ROOT) -> str:
@@ -54,6 +54,22 @@ needs_install = pytest.mark.skipif(not installed(), reason="sparsepass is on the
 def test_importing_is_light() -> None:
     loaded = python(f"import sys, sparsepass; print([name for name in {HEAVY!r} if name in sys.modules])")
     assert loaded.strip() == "[]"
+
+
+def test_structured_inputs_need_no_hypothesis() -> None:
+    code = """
+import sys
+sys.modules["hypothesis"] = None  # as if it were not installed
+import sparsepass.testing
+print(tuple(sparsepass.testing.structured_inputs(length=64, heads=2, kv_heads=1, head_dim=16).query.shape))
+try:
+    sparsepass.testing.cases
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    shape, message = python(code).strip().splitlines()
+    assert shape == "(1, 2, 64, 16)"
+    assert message.endswith("which is not installed: pip install hypothesis")
 
 
 def test_importing_changes_nothing_but_the_operator_registry() -> None:

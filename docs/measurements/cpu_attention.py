@@ -6,7 +6,8 @@
 Batch 1, 8 query heads on 2 key/value heads, causal, inputs laid out [B, S, H, D] as models have them. Dense is the
 faster of ``enable_gqa=True`` and keys and values repeated beforehand (the repeating is not timed). Dense and sparse
 calls alternate in one process, so that a busy machine slows both; times are the least of the repetitions, the ratio of
-``target`` is the median over the pairs.
+``target`` is the median over the pairs. Beside it stand what else could run: blocks of 64 tokens, gathered blocks in
+torch operations, and Inductor's FlexAttention template on the same lists (of attention alone: it selects nothing).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sparsepass.kernels import cpu_native
 from sparsepass.kernels.cpu import block_sparse_attention_cpu, select_blocks_cpu
@@ -38,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Problem:
     """Tensors of one length, type and head size, and the timed calls."""
 
-    def __init__(self, length: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, length: int, head_dim: int, dtype: torch.dtype, block: int = BLOCK) -> None:
         torch.manual_seed(0)
         self.q, self.k, self.v = (
             torch.randn(1, length, heads, head_dim).to(dtype).transpose(1, 2) for heads in (HEADS, KV_HEADS, KV_HEADS)
@@ -46,7 +48,7 @@ class Problem:
         self.repeated = [x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (self.k, self.v)]
         self.mask: dict[str, Any] = {
             "scale": head_dim**-0.5, "left": -1, "right": 0, "offset": 0, "q_segments": None, "kv_segments": None,
-            "q_block": BLOCK, "kv_block": BLOCK,
+            "q_block": block, "kv_block": block,
         }  # fmt: skip
 
     def dense_gqa(self) -> Tensor:
@@ -62,12 +64,40 @@ class Problem:
         lists = self.select(density, counter)
         return block_sparse_attention_cpu(self.q, self.k, self.v, *lists, **self.mask, counter=counter)[0]
 
+    def attend(self, lists: tuple[Tensor, Tensor]) -> Tensor:
+        return block_sparse_attention_cpu(self.q, self.k, self.v, *lists, **self.mask)[0]
+
+    def gathered(self, density: float) -> Tensor:
+        """As ``sparse``, with attention by the torch operations that stand in where no compiler is found."""
+        kept, cpu_native.available = cpu_native.available, lambda dtype: False
+        try:
+            return self.sparse(density)
+        finally:
+            cpu_native.available = kept
+
+    def flex(self, lists: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+        """Inductor's FlexAttention over the lists: the diagonal blocks, last in each row, apart from the whole ones."""
+        count, indices = lists
+        rows = count.shape[2]
+        whole = torch.nn.functional.pad(indices, (0, rows - indices.shape[3]))
+        diagonal = torch.zeros_like(whole)
+        diagonal[..., 0] = torch.arange(rows, dtype=torch.int32)
+        block_mask = BlockMask.from_kv_blocks(
+            torch.ones_like(count), diagonal, count - 1, whole, BLOCK_SIZE=BLOCK, mask_mod=causal
+        )
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda: compiled(self.q, self.k, self.v, block_mask=block_mask, enable_gqa=True)
+
     def error(self) -> tuple[float, float]:
         """Largest error against float64 of the sparse kernel with full lists, and of dense attention."""
         wide = [x.double() for x in (self.q, *self.repeated)]
         exact = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
         ours, theirs = self.sparse(1.0), self.dense_gqa()
         return float((ours - exact).abs().max()), float((theirs - exact).abs().max())
+
+
+def causal(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
+    return q_index >= kv_index
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -96,45 +126,64 @@ def machine(arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def target(repetitions: int) -> list[dict[str, Any]]:
-    """16K tokens at a density of 0.1: the figure of the README."""
+def target(repetitions: int, lengths: list[int]) -> list[dict[str, Any]]:
+    """A density of 0.1 at several lengths: the figures of the README, and where the time goes."""
     records = []
-    for name, dtype in DTYPES.items():
-        ours, theirs = Problem(2048, 64, dtype).error()
-        problem = Problem(16384, 64, dtype)
-        counter = torch.zeros(3, dtype=torch.int64)
-        problem.sparse(0.1, counter)
-        dense: list[float] = []
-        sparse: list[float] = []
-        ratios: list[float] = []
-        for _ in range(repetitions):
-            before = milliseconds(lambda: problem.sparse(0.1))  # noqa: B023
-            best = min(milliseconds(problem.dense_gqa), milliseconds(problem.dense_repeated))
-            after = milliseconds(lambda: problem.sparse(0.1))  # noqa: B023
-            dense.append(best)
-            sparse += [before, after]
-            ratios.append(best / ((before + after) / 2))
-        select = min(milliseconds(lambda: problem.select(0.1)) for _ in range(10))  # noqa: B023
-        records.append(
-            {
-                "device": "cpu",
-                "dtype": name,
-                "head_dim": 64,
-                "length": 16384,
-                "density": 0.1,
-                "density_computed": round(int(counter[1]) / int(counter[2]), 4),
-                "sparse_ms": round(min(sparse), 1),
-                "select_ms": round(select, 2),
-                "dense_ms": round(min(dense), 1),
-                "speedup_of_least_times": round(min(dense) / min(sparse), 2),
-                "speedup_median_of_pairs": round(statistics.median(ratios), 2),
-                "speedup_pairs": [round(ratio, 2) for ratio in ratios],
-                "error_full_lists_2k": ours,
-                "error_dense_2k": theirs,
-            }
-        )
-        print(json.dumps(records[-1]), flush=True)
+    for length in lengths:
+        for name, dtype in DTYPES.items():
+            records.append(compare(length, name, dtype, repetitions))
+            print(json.dumps(records[-1]), flush=True)
     return records
+
+
+def compare(length: int, name: str, dtype: torch.dtype, repetitions: int) -> dict[str, Any]:
+    """One length and type: sparse against dense in pairs, then each alternative beside sparse."""
+    ours, theirs = Problem(2048, 64, dtype).error()
+    problem, small = Problem(length, 64, dtype), Problem(length, 64, dtype, block=64)
+    counter = torch.zeros(3, dtype=torch.int64)
+    problem.sparse(0.1, counter)
+    dense: list[float] = []
+    sparse: list[float] = []
+    ratios: list[float] = []
+    for _ in range(repetitions):
+        before = milliseconds(lambda: problem.sparse(0.1))
+        best = min(milliseconds(problem.dense_gqa), milliseconds(problem.dense_repeated))
+        after = milliseconds(lambda: problem.sparse(0.1))
+        dense.append(best)
+        sparse += [before, after]
+        ratios.append(best / ((before + after) / 2))
+    lists = problem.select(0.1)
+    flex = problem.flex(lists)
+    difference = float((flex() - problem.attend(lists)).abs().max())
+    if difference > 4 * max(ours, theirs):
+        raise RuntimeError(f"FlexAttention differs by {difference}: the two do not compute the same")
+    calls: dict[str, Callable[[], object]] = {
+        "select_ms": lambda: problem.select(0.1),
+        "attend_ms": lambda: problem.attend(lists),
+        "block_64_ms": lambda: small.sparse(0.1),
+        "gathered_ms": lambda: problem.gathered(0.1),
+        "flex_attend_ms": flex,
+    }
+    times: dict[str, list[float]] = {key: [] for key in calls}
+    for _ in range(repetitions):
+        for key, call in calls.items():
+            times[key].append(milliseconds(call))
+    return {
+        "device": "cpu",
+        "dtype": name,
+        "head_dim": 64,
+        "length": length,
+        "density": 0.1,
+        "density_computed": round(int(counter[1]) / int(counter[2]), 4),
+        "sparse_ms": round(min(sparse), 1),
+        "dense_ms": round(min(dense), 1),
+        **{key: round(min(each), 2) for key, each in times.items()},
+        "speedup_of_least_times": round(min(dense) / min(sparse), 2),
+        "speedup_median_of_pairs": round(statistics.median(ratios), 2),
+        "speedup_pairs": [round(ratio, 2) for ratio in ratios],
+        "error_full_lists_2k": ours,
+        "error_dense_2k": theirs,
+    }
 
 
 def crossover(lengths: list[int]) -> list[dict[str, Any]]:
@@ -178,13 +227,16 @@ def main() -> None:
     parser.add_argument("what", choices=["target", "crossover"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7, help="pairs of target")
-    parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS), help="tokens, of crossover")
+    parser.add_argument("--lengths", type=int, nargs="*", help="tokens; each has its own default")
     parser.add_argument("--out", type=Path, help="another file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     file = options.out or FOLDER / {"target": "cpu_attention.json", "crossover": "crossover_cpu.json"}[options.what]
     with torch.no_grad():
-        records = target(options.repetitions) if options.what == "target" else crossover(options.lengths)
+        if options.what == "target":
+            records = target(options.repetitions, options.lengths or [4096, 16384, 32768])
+        else:
+            records = crossover(options.lengths or list(LENGTHS))
     head = machine(sys.argv[1:])
     body = ",\n".join(f"    {json.dumps(record)}" for record in records)
     file.write_text(json.dumps(head, indent=2)[:-2] + ',\n  "records": [\n' + body + "\n  ]\n}\n")

@@ -100,6 +100,10 @@ def timed(fn: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, device:
     return time.perf_counter() - started, out
 
 
+ENOUGH_S, MOST_ROUNDS = 10.0, 25
+"""Short calls are noisy: rounds go on past the wanted number until one of these is reached."""
+
+
 def measure(model: Any, length: int, names: list[str], rounds: int, device: str, vocab: int) -> list[dict[str, Any]]:
     ids = torch.randint(1, vocab, (1, length), device=device)
     records: dict[str, dict[str, Any]] = {}
@@ -129,7 +133,10 @@ def measure(model: Any, length: int, names: list[str], rounds: int, device: str,
         scale = wanted.float().norm()
         record["relative_difference"] = float((out.float() - wanted.float()).norm() / scale)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    first = time.perf_counter()
+    done = 0
+    while done < rounds or (done < MOST_ROUNDS and time.perf_counter() - first < ENOUGH_S):
+        done += 1
         for name in random.sample(sorted(runs), len(runs)):
             times[name].append(timed(runs[name], ids, device)[0])
     for name, taken in times.items():

@@ -87,5 +87,7 @@ def launches_for(
         }
         density = torch.empty(2, 32, device="cuda:0") if per_head else 0.1
         select, count, lists = select_launches(q, k, density=density, max_density=0.1, **shared)
-        attend, _, _ = attend_launches(q, k, v, count, lists, return_lse=True, **shared, **tile)
+        attend, _, _ = attend_launches(
+            q, k, v, count, lists, return_lse=True, implementation="triton", **shared, **tile
+        )
     return select + attend

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from sparsepass.testing import Case, Inputs, assert_as_accurate_as_dense, cases, poisoned_empty
 from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
-from tests.kernels.strategies import Case, Inputs, assert_as_accurate_as_dense, cases, poisoned_empty
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sparsepass.kernels.blocks import blocks_per_row, cumulative_kept_blocks, list_width, visible_block_counts
 from sparsepass.kernels.reference import block_scores_reference, select_blocks_reference
-from tests.kernels.strategies import bands
+from sparsepass.testing import bands
 
 SHAPES = st.integers(1, 90).flatmap(
     lambda q_len: st.integers(1, 90).flatmap(

@@ -26,9 +26,9 @@ SLOW = [
 def _compiler_not_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import JITFunction
 
-    from sparsepass.kernels import attend_triton
+    from sparsepass.kernels import attend_tiles_triton
 
-    if not isinstance(attend_triton._attend, JITFunction):
+    if not isinstance(attend_tiles_triton.attend, JITFunction):
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run these tests without it")
 
 
@@ -43,7 +43,7 @@ def compile_all(
         assert used["STACK"] + used["LOCAL"] == 0, f"{name} spills: {used}"
         assert used["SHARED"] <= SHARED_LIMIT[capability], f"{name}: {used}"
         assert used["REG"] >= 8, f"{name} was compiled to nothing: {used}"
-        if name == "_attend" and dtype != torch.float32:
+        if name == "attend" and dtype != torch.float32:
             assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"], f"{name} leaves the matrix units idle"
 
 

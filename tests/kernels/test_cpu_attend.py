@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsepass.kernels import cpu_build, cpu_gather, cpu_native
 from sparsepass.kernels.cpu import block_sparse_attention_cpu
-from tests.kernels.strategies import (
+from sparsepass.testing import (
     Case,
     Inputs,
     assert_as_accurate_as_dense,

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsepass.kernels import cpu_native
 from sparsepass.kernels.cpu import select_blocks_cpu
 from sparsepass.kernels.reference import block_scores_reference, listed_blocks, select_blocks_reference
-from tests.kernels.strategies import Case, cases
+from sparsepass.testing import Case, cases
 
 
 @pytest.fixture(params=["native", "torch"], scope="module", autouse=True)

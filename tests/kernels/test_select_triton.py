@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsepass.testing import Case, cases, poisoned_empty
 from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
-from tests.kernels.strategies import Case, cases, poisoned_empty
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -1,0 +1,210 @@
+"""Checks and times the attention kernels on one Hopper GPU: given lists, no selection.
+
+    PYTHONPATH=. timeout 500 python docs/measurements/hopper_kernel.py check
+    PYTHONPATH=. timeout 500 python docs/measurements/hopper_kernel.py time --out docs/measurements/hopper_kernel.json
+
+Lists hold the first block, the diagonal and random ones, per query head; ``uneven`` lists differ tenfold between rows.
+TF/s count the listed blocks, the diagonal ones whole. Variants run in shuffled order, since a power-capped chip slows
+under load; medians with their ranges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention_op import BLOCK, dense, environment, flex_run
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from sparsepass.kernels.attend_triton import attend_launches
+from sparsepass.kernels.launch import run_all
+
+CASES: tuple[dict[str, Any], ...] = (
+    {"length": 131072, "density": 0.10},
+    {"length": 131072, "density": 0.05},
+    {"length": 32768, "density": 0.10},
+    {"length": 32768, "density": 1.0},
+    {"length": 32768, "density": 0.10, "head_dim": 64},
+    {"length": 32768, "density": 0.10, "head_dim": 256, "heads": 16, "kv_heads": 4},
+    {"length": 8192, "density": 0.10, "batch": 8},
+    {"length": 32768, "density": 0.10, "uneven": True},
+    {"length": 32768, "density": 0.10, "dtype": "fp16"},
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def inputs(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def tokens(heads: int) -> Tensor:
+        shape = (case.get("batch", 1), case["length"], heads, case.get("head_dim", 128))
+        return torch.randn(shape, device="cuda", dtype=DTYPES[case.get("dtype", "bf16")]).transpose(1, 2)
+
+    kv_heads = case.get("kv_heads", 8)
+    return tokens(case.get("heads", 32)), tokens(kv_heads), tokens(kv_heads)
+
+
+def lists(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Causal lists of about the density: sink, diagonal, random. Indices int32 [B, H, nq, width], ascending."""
+    rows = case["length"] // BLOCK
+    shape = (case.get("batch", 1), case.get("heads", 32), rows)
+    visible = torch.arange(1, rows + 1, device="cuda")
+    share = torch.full(shape, case["density"], device="cuda")
+    if case.get("uneven"):
+        share *= 10 ** (torch.rand(shape, device="cuda") - 0.5) * 0.8
+    count = (share * visible).ceil().clamp(min=2).minimum(visible).int()
+    if case["density"] >= 1:
+        indices = torch.arange(rows, device="cuda", dtype=torch.int32).expand(*shape, rows).contiguous()
+        return count, indices
+    width = int(count.max())
+    indices = torch.empty(*shape, width, dtype=torch.int32, device="cuda")
+    column = torch.arange(rows, device="cuda")
+    for item in range(shape[0]):
+        for head in range(shape[1]):
+            score = torch.rand(rows, rows, device="cuda").masked_fill_(column[None, :] > column[:, None], -1.0)
+            score[:, 0] = 2.0
+            score.fill_diagonal_(3.0)
+            order = score.topk(width, dim=1).indices
+            used = torch.arange(width, device="cuda")[None, :] < count[item, head][:, None]
+            order = order.masked_fill(~used, rows).sort(1).values
+            indices[item, head] = order.masked_fill(order == rows, 0).int()
+    return count, indices
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor], which: str) -> Callable[[], Tensor]:
+    """One call of an implementation, its launches prepared."""
+    launches, out, _ = attend_launches(
+        q,
+        k,
+        v,
+        *given,
+        scale=q.shape[3] ** -0.5,
+        left=-1,
+        right=0,
+        offset=0,
+        q_segments=None,
+        kv_segments=None,
+        q_block=BLOCK,
+        kv_block=BLOCK,
+        return_lse=False,
+        counter=None,
+        implementation=which,
+    )
+
+    def run() -> Tensor:
+        run_all(launches, q.device)
+        return out
+
+    return run
+
+
+def milliseconds(run: Callable[[], object], repeat: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeat):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeat
+
+
+def time_case(case: dict[str, Any], rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    q, k, v = inputs(case)
+    given = lists(case)
+    head_dim = q.shape[3]
+    runs: dict[str, Callable[[], object]] = {name: kernel(q, k, v, given, name) for name in ("hopper", "triton")}
+    difference = float((runs["hopper"]().float() - runs["triton"]().float()).abs().max())  # type: ignore[attr-defined]
+    if not difference < 0.05:
+        raise RuntimeError(f"the two kernels differ by {difference} in {case}")
+    if case["density"] < 1:
+        try:
+            runs["flex"] = flex_run(q, k, v, *given)
+            runs["flex"]()
+        except Exception as error:  # FlexAttention does not fit every shape; the others are timed all the same
+            print(f"flex: {str(error).splitlines()[0][:100]}")
+            runs.pop("flex", None)
+    if head_dim <= 128:
+        runs["cudnn"] = partial(dense, q, k, v, SDPBackend.CUDNN_ATTENTION)
+    else:
+        runs["flash"] = partial(dense, q, k, v, SDPBackend.FLASH_ATTENTION)
+    flops = {
+        name: 4.0 * head_dim * float(given[0].sum()) * BLOCK * BLOCK
+        if name in ("hopper", "triton", "flex")
+        else 2.0 * head_dim * q.shape[0] * q.shape[1] * case["length"] ** 2
+        for name in runs
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in runs.items():
+        run()
+        torch.cuda.synchronize()
+        estimate = milliseconds(run, 1)
+        runs[name] = partial(milliseconds, run, max(1, int(30 / estimate)))
+    for _ in range(rounds):
+        for name in random.sample(sorted(runs), len(runs)):
+            times[name].append(runs[name]())  # type: ignore[arg-type]
+    record: dict[str, Any] = {**case, "blocks": int(given[0].sum()), "largest_difference": difference}
+    for name, taken in times.items():
+        record[name] = {
+            "median_ms": round(statistics.median(taken), 4),
+            "range_ms": [round(min(taken), 4), round(max(taken), 4)],
+            "tflops": round(flops[name] / statistics.median(taken) / 1e9, 1),
+        }
+    return record
+
+
+def check() -> None:
+    """Small problems against float64, first of all: a kernel that hangs must hang here, under the caller's timeout."""
+    for dtype, head_dim, length, batch in ((torch.bfloat16, 128, 256, 1), (torch.float16, 64, 1000, 2),
+                                           (torch.bfloat16, 256, 777, 1), (torch.bfloat16, 80, 640, 2)):  # fmt: skip
+        torch.manual_seed(0)
+        q, k, v = (
+            torch.randn(batch, length, h, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for h in (4, 2, 2)
+        )
+        rows = -(-length // BLOCK)
+        count = torch.arange(1, rows + 1, device="cuda", dtype=torch.int32).expand(1, 1, rows).contiguous()
+        indices = torch.arange(rows, device="cuda", dtype=torch.int32).expand(1, 1, rows, rows).contiguous()
+        out = kernel(q, k, v, (count, indices), "hopper")()
+        torch.cuda.synchronize()
+        wide = [x.double() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))]
+        exact = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        error, base = float((out - exact).abs().max()), float((theirs - exact).abs().max())
+        print(f"{dtype} d{head_dim} {batch}x{length}: error {error:.2e}, dense {base:.2e}", flush=True)
+        if not error <= 2 * base:
+            raise SystemExit("too far off")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["check", "time"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases, from 0; absent: all")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.what == "check":
+        check()
+        return
+    records = []
+    for number, case in enumerate(CASES):
+        if options.cases and number not in options.cases:
+            continue
+        record = time_case(case, options.rounds)
+        records.append(record)
+        cells = [f"{n}: {r['median_ms']:.3f} ms {r['tflops']} TF/s" for n, r in record.items() if isinstance(r, dict)]
+        print(case, "; ".join(cells), flush=True)
+        torch.cuda.empty_cache()
+    if options.out:
+        head = {**environment(), "command": "python " + " ".join(sys.argv)}
+        options.out.write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

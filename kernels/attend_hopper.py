@@ -1,0 +1,151 @@
+"""Launches ``kernels/hopper_gluon.py``, and says where it cannot be."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsepass.kernels.blocks import ceil_div
+from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.spec import capability_of
+
+LOG2E = 1.4426950408889634
+ROWS = 128
+"""Query rows per tile: two warpgroups of 64."""
+
+log = logging.getLogger("sparsepass")
+
+
+class HopperTile(NamedTuple):
+    """Head size as computed (smaller ones are filled up with zeros), keys per step, slots of the ring."""
+
+    dim: int
+    keys: int
+    slots: int
+
+
+TILES = (HopperTile(64, 128, 4), HopperTile(128, 128, 2), HopperTile(256, 64, 2))
+"""Sized to the 227 KB of shared memory that one program may have."""
+
+COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24
+
+
+@lru_cache
+def missing() -> str | None:
+    """None where this Triton has all that the kernel uses, else what is missing."""
+    try:
+        from sparsepass.kernels import hopper_gluon  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"this Triton lacks a part of Gluon ({error})"
+    return None
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, *, scale: float, q_block: int, kv_block: int) -> str | None:
+    """None where the kernel takes these inputs, else a sentence."""
+    if q.device.type != "cuda" or capability_of(q.device)[0] != 9:
+        return "It runs on Hopper GPUs (compute capability 9.0) alone."
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"It takes fp16 and bf16, not {str(q.dtype).removeprefix('torch.')}."
+    if not scale > 0:
+        return f"It takes a scale above 0, not {scale}."
+    if q_block % ROWS:
+        return f"It takes query blocks of {ROWS} tokens or a multiple, not of {q_block}."
+    tile = tile_for(max(q.shape[3], v.shape[3]))
+    if tile is None or tile_for(min(q.shape[3], v.shape[3])) != tile:
+        return f"It takes head sizes up to {TILES[-1].dim}, not {q.shape[3]} with values of {v.shape[3]}."
+    if kv_block % tile.keys:
+        return f"It takes key blocks of {tile.keys} tokens or a multiple, not of {kv_block}."
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _copyable(x):
+            return f"The copy engine needs rows aligned to 16 bytes; {name} has strides {x.stride()}."
+    if (lacking := missing()) is not None:
+        return f"It cannot be built: {lacking}."
+    return None
+
+
+def _copyable(x: Tensor) -> bool:
+    """Whether the copy engine can read or write x of two bytes an element."""
+    outer = zip(x.stride()[:3], x.shape[:3], strict=True)
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(n > 1 and (s % 8 or s <= 0) for s, n in outer)
+
+
+def tile_for(head_dim: int) -> HopperTile | None:
+    return next((tile for tile in TILES if head_dim <= tile.dim), None)
+
+
+def descriptor(x: Tensor, rows: int, dim: int) -> Any:
+    """What the copy engine needs to know of x [B, H, S, D] to copy ``rows`` tokens of one head."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    strides = [stride if size > 1 else 8 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim], layout)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    parted: Tensor,
+    spans: Tensor,
+    redo: Tensor,
+    common: dict[str, Any],
+    *,
+    scale: float,
+    q_block: int,
+    kv_block: int,
+) -> Launch | str:
+    """The launch over ordered lists (``partition_launches``), or why there can be none.
+
+    ``redo`` int32, one per tile of 128 rows, is set to 1 where a value came out NaN or infinite: a hidden inf or NaN
+    may have spoilt it. ``common``: the arguments shared with the kernels of ``attend_tiles_triton.py``.
+    """
+    reason = why_not(q, k, v, scale=scale, q_block=q_block, kv_block=kv_block)
+    if reason is None and not _copyable(out):
+        reason = f"The copy engine needs rows aligned to 16 bytes; the output has head size {out.shape[3]}."
+    if reason is not None:
+        return reason
+    from sparsepass.kernels.hopper_gluon import attend_hopper
+
+    tile = tile_for(q.shape[3])
+    assert tile is not None
+    programs = redo.shape[0]
+    grid = min(programs, multiprocessors(q.device))
+    names = (
+        *("spans_ptr", "parted_ptr", "q_segments_ptr", "kv_segments_ptr", "q_segments_stride_b", "q_segments_stride_s"),
+        *("kv_segments_stride_b", "kv_segments_stride_s", "span_stride_b", "span_stride_h", "q_len", "kv_len", "left"),
+        *("right", "offset", "tiles", "width", "kv_heads", "group", "HAS_SEGMENTS", "HAS_Q_SEGMENTS"),
+    )
+    arguments = {
+        "q_desc": descriptor(q, 64, tile.dim),
+        "k_desc": descriptor(k, tile.keys, tile.dim),
+        "v_desc": descriptor(v, tile.keys, tile.dim),
+        "o_desc": descriptor(out, 64, tile.dim),
+        **{name: common[name] for name in names},
+        "lse_ptr": spans if lse is None else lse,
+        "redo_ptr": redo,
+        "log2_scale": scale * LOG2E,
+        "programs": programs,
+        "turns": ceil_div(programs, grid),
+        "PER_ROW": q_block // ROWS,
+        "PER_BLOCK": kv_block // tile.keys,
+        "KEYS": tile.keys,
+        "DIM": tile.dim,
+        "SLOTS": tile.slots,
+        "RETURN_LSE": lse is not None,
+        "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
+        "LOAD_REGISTERS": LOAD_REGISTERS,
+    }
+    return Launch(attend_hopper, (grid,), arguments, {"num_warps": 4})
