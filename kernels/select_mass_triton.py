@@ -158,11 +158,16 @@ def _mass_scores(
 
 
 class MassTile(NamedTuple):
-    """Key blocks per step, warps, and stages of the load pipeline. Two programs of the sm_90 tiles fit on one SM."""
+    """Key blocks per step, warps, and stages of the load pipeline.
+
+    Two programs of a sm_90 tile fit on one SM: one takes exponentials while the other multiplies.
+    """
 
     tile: int
     num_warps: int
     num_stages: int
+    registers: int = 0
+    """Most registers a thread may use, so that more programs fit on an SM; 0: the compiler's choice."""
 
 
 def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> MassTile:
@@ -171,7 +176,7 @@ def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) ->
         return MassTile(32, 8, 1)
     if head_dim > 128:
         return MassTile(64, 8, 1 if capability[0] == 8 else 2)
-    return MassTile(128, 8, 2) if capability[0] == 9 else MassTile(64, 8, 2)
+    return MassTile(64, 4, 2) if capability[0] == 9 else MassTile(64, 8, 2)
 
 
 def mass_launch(
@@ -223,4 +228,6 @@ def mass_launch(
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.registers:
+        options["maxnreg"] = tile.registers
     return Launch(_mass_scores, (batch * heads * rows,), arguments, options), scores

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsepass.kernels.reference_select import always_listed_reference, block_logits_reference, select_scored_reference
 from sparsepass.kernels.rules import Rule
-from tests.kernels.strategies import Case
+from sparsepass.testing import Case
 
 KEEPS = ("window", "threshold", "coverage")
 DIALS = {

@@ -16,8 +16,8 @@ from sparsepass.kernels.cpu import select_blocks_cpu, select_scored_cpu
 from sparsepass.kernels.reference import listed_blocks
 from sparsepass.kernels.reference_select import always_listed_reference, self_similarity_reference
 from sparsepass.kernels.rules import Rule
+from sparsepass.testing import Case, cases
 from tests.kernels.select_cases import assert_rule_holds, rules, score_error, tolerance
-from tests.kernels.strategies import Case, cases
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsepass.testing import Case, cases, poisoned_empty
 from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
 from tests.kernels.select_cases import assert_rule_holds, rules, score_error, tolerance
-from tests.kernels.strategies import Case, cases, poisoned_empty
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
