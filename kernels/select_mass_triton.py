@@ -170,13 +170,13 @@ class MassTile(NamedTuple):
     """Most registers a thread may use, so that more programs fit on an SM; 0: the compiler's choice."""
 
 
-def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> MassTile:
+def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], segments: bool) -> MassTile:
     """The tile for a dtype and padded head size on a CUDA target. Sized not to spill; not yet timed against others."""
     if dtype == torch.float32:
         return MassTile(32, 8, 1)
     if head_dim > 128:
         return MassTile(64, 8, 1 if capability[0] == 8 else 2)
-    return MassTile(64, 4, 2) if capability[0] == 9 else MassTile(64, 8, 2)
+    return MassTile(64, 4, 2) if capability[0] == 9 and not segments else MassTile(64, 8, 2)
 
 
 def mass_launch(
@@ -199,7 +199,7 @@ def mass_launch(
     rows = ceil_div(band["q_len"], q_block)
     scores = q.new_empty(batch, heads, rows, blocks, dtype=torch.float32)
     if tile is None:
-        tile = mass_tile(q.dtype, tile_side(head_dim), capability_of(q.device))
+        tile = mass_tile(q.dtype, tile_side(head_dim), capability_of(q.device), kv_ranges is not None)
     has_q_segments = kv_ranges is not None and q_segments is not None
     arguments: dict[str, Any] = {
         "q_ptr": q,
