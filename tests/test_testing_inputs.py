@@ -8,7 +8,8 @@ from hypothesis import given
 from torch import Tensor
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import BlockLists, Visible, select_pooled_topk
+from sparsepass.kernels.dispatch import BlockLists, Visible
+from sparsepass.kernels.dispatch_select import select_pooled_topk
 from sparsepass.testing import (
     Case,
     StructuredInputs,
