@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.blocks import ceil_div
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.spec import capability_of
 
@@ -21,14 +20,15 @@ log = logging.getLogger("sparsepass")
 
 
 class HopperTile(NamedTuple):
-    """Head size as computed (smaller ones are filled up with zeros), keys per step, slots of the ring."""
+    """Head size as computed (smaller ones are filled up with zeros), keys per step, slots of the ring, of queries."""
 
     dim: int
     keys: int
     slots: int
+    q_slots: int
 
 
-TILES = (HopperTile(64, 128, 4), HopperTile(128, 128, 2), HopperTile(256, 64, 2))
+TILES = (HopperTile(64, 128, 4, 2), HopperTile(128, 128, 2, 2), HopperTile(256, 64, 2, 1))
 """Sized to the 227 KB of shared memory that one program may have."""
 
 COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24
@@ -101,6 +101,7 @@ def launch(
     parted: Tensor,
     spans: Tensor,
     redo: Tensor,
+    ticket: Tensor,
     common: dict[str, Any],
     *,
     scale: float,
@@ -110,7 +111,8 @@ def launch(
     """The launch over ordered lists (``partition_launches``), or why there can be none.
 
     ``redo`` int32, one per tile of 128 rows, is set to 1 where a value came out NaN or infinite: a hidden inf or NaN
-    may have spoilt it. ``common``: the arguments shared with the kernels of ``attend_tiles_triton.py``.
+    may have spoilt it. ``ticket`` int32 [1] is 0 when the kernel starts. ``common``: the arguments shared with the
+    kernels of ``attend_tiles_triton.py``.
     """
     reason = why_not(q, k, v, scale=scale, q_block=q_block, kv_block=kv_block)
     if reason is None and not _copyable(out):
@@ -126,7 +128,7 @@ def launch(
     names = (
         *("spans_ptr", "parted_ptr", "q_segments_ptr", "kv_segments_ptr", "q_segments_stride_b", "q_segments_stride_s"),
         *("kv_segments_stride_b", "kv_segments_stride_s", "span_stride_b", "span_stride_h", "q_len", "kv_len", "left"),
-        *("right", "offset", "tiles", "width", "kv_heads", "group", "HAS_SEGMENTS", "HAS_Q_SEGMENTS"),
+        *("right", "offset", "tiles", "width", "kv_heads", "HAS_SEGMENTS", "HAS_Q_SEGMENTS"),
     )
     arguments = {
         "q_desc": descriptor(q, 64, tile.dim),
@@ -136,14 +138,16 @@ def launch(
         **{name: common[name] for name in names},
         "lse_ptr": spans if lse is None else lse,
         "redo_ptr": redo,
+        "ticket_ptr": ticket,
         "log2_scale": scale * LOG2E,
         "programs": programs,
-        "turns": ceil_div(programs, grid),
+        "GROUP": common["group"],
         "PER_ROW": q_block // ROWS,
         "PER_BLOCK": kv_block // tile.keys,
         "KEYS": tile.keys,
         "DIM": tile.dim,
         "SLOTS": tile.slots,
+        "Q_SLOTS": tile.q_slots,
         "RETURN_LSE": lse is not None,
         "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
         "LOAD_REGISTERS": LOAD_REGISTERS,

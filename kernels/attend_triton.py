@@ -24,7 +24,8 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.lists_triton import partition_launches
 from sparsepass.kernels.prepared import run_prepared
-from sparsepass.kernels.spec import AttendTile, attend_tile, capability_of, refuse_unsupported
+from sparsepass.kernels.spec import AttendTile, refuse_unsupported
+from sparsepass.kernels.tuned import tile_for
 from sparsepass.kernels.visible_triton import add_nonfinite_values
 
 LOG2E = 1.4426950408889634
@@ -135,11 +136,11 @@ def attend_launches(
         lambda: f"implementation is {implementation!r}; accepted are {', '.join(IMPLEMENTATIONS)}.",
     )
     if tile is None:
-        tile = attend_tile(q.dtype, max(head_dim, v_head_dim), capability_of(q.device))
+        tile = tile_for(q.device, q.dtype, max(head_dim, v_head_dim))
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
 
-    launches, parted, spans = partition_launches(
+    launches, parted, spans, ticket = partition_launches(
         kv_num_blocks,
         kv_indices,
         q_len=q_len,
@@ -216,7 +217,7 @@ def attend_launches(
     if implementation != "triton":
         redo = spans.new_empty(programs)
         fast = attend_hopper.launch(
-            q, k, v, out, lse, parted, spans, redo, common, scale=scale, q_block=q_block, kv_block=kv_block
+            q, k, v, out, lse, parted, spans, redo, ticket, common, scale=scale, q_block=q_block, kv_block=kv_block
         )
     if isinstance(fast, Launch):
         launches.append(fast)

@@ -40,17 +40,32 @@ class Visible:
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """Single keys that the rows of a query block attend to besides its listed blocks: token-granular "verticals".
+
+    ``num`` int32 [B, H, nq] and ``indices`` int32 [B, H, nq, width], where B, H and nq may be 1 (shared): the first
+    ``num`` entries are key positions, distinct and ascending. One inside a listed block of the row counts once; band
+    and segments hold for each pair as everywhere.
+    """
+
+    num: torch.Tensor
+    indices: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class BlockLists:
     """Key blocks to compute per query block, as FlexAttention's ``BlockMask`` holds them.
 
     ``kv_num_blocks`` int32 [B, H, nq] (B and H may be 1) and ``kv_indices`` int32 [B, H, nq, width]: the first
     ``kv_num_blocks`` entries of a row count, are distinct and ascend. Blocks are ``q_block`` by ``kv_block`` tokens.
+    ``columns``: single keys besides the blocks, or None.
     """
 
     kv_num_blocks: torch.Tensor
     kv_indices: torch.Tensor
     q_block: int
     kv_block: int
+    columns: Columns | None = None
 
 
 def block_sparse_attention(
@@ -69,7 +84,8 @@ def block_sparse_attention(
     fp16, bf16 or fp32, any strides, H a multiple of Hkv. Returns the output [B, H, Sq, D], laid out as [B, Sq, H, D],
     and the log-sum-exp float32 [B, H, Sq] of the scaled scores (natural logarithm; None unless asked for). A row that
     sees nothing gives 0 and -inf. ``counter``: int64 [3] on the device; a launch and the listed blocks are added to
-    its first two entries. No host synchronization. Raises ``KernelInputError``.
+    its first two entries, with columns also the blocks that a row's columns would fill. With columns the result is
+    the softmax over the union of listed blocks and columns. No host synchronization. Raises ``KernelInputError``.
     """
     check_inputs(query, key, value)
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -91,10 +107,52 @@ def block_sparse_attention(
         **visible.arguments(),
         q_block=lists.q_block,
         kv_block=lists.kv_block,
-        return_lse=return_lse,
+        return_lse=return_lse or lists.columns is not None,
         counter=counter,
     )
+    if lists.columns is not None:
+        _add_columns(query, key, value, lists, lists.columns, out, lse, scale, visible, counter)
     return out, lse if return_lse else None
+
+
+def _add_columns(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: BlockLists,
+    columns: Columns,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    scale: float,
+    visible: Visible,
+    counter: torch.Tensor | None,
+) -> None:
+    """Continue the softmax of ``out`` and ``lse`` over the columns, in place."""
+    attend: Callable[..., None]
+    if query.device.type == "cuda":
+        from sparsepass.kernels.columns_triton import attend_columns_cuda
+
+        attend = attend_columns_cuda
+    else:
+        from sparsepass.kernels.columns_cpu import attend_columns_cpu
+
+        attend = attend_columns_cpu
+    attend(
+        query,
+        key,
+        value,
+        lists.kv_num_blocks,
+        lists.kv_indices,
+        columns.num,
+        columns.indices,
+        out,
+        lse,
+        scale=scale,
+        **visible.arguments(),
+        q_block=lists.q_block,
+        kv_block=lists.kv_block,
+        counter=counter,
+    )
 
 
 def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

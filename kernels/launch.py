@@ -22,7 +22,7 @@ VARYING = (
     *("left", "right", "offset", "budget", "most", "heads", "kv_heads", "group", "times", "planes"),
     *("q_planes", "kv_planes", "stride_b", "segment_stride_b", "q_segments_stride_b", "kv_segments_stride_b"),
     *("count_stride_b", "count_stride_h", "list_stride_b", "list_stride_h", "list_stride_r", "span_stride_b"),
-    *("span_stride_h", "turns", "budget_stride_b", "density_stride_b", "out_stride_h", "out_stride_r", "out_stride_d"),
+    *("span_stride_h", "budget_stride_b", "density_stride_b", "out_stride_h", "out_stride_r", "out_stride_d"),
 )
 """Kernel arguments, by name, that Triton must not compile variants for: they change from one request to the next."""
 

@@ -36,6 +36,7 @@ def _partition_lists(
     lists_ptr,
     spans_ptr,
     parted_ptr,
+    ticket_ptr,
     q_ranges_ptr,
     kv_ranges_ptr,
     counter_ptr,
@@ -66,6 +67,8 @@ def _partition_lists(
     COUNT: tl.constexpr,
 ):
     """Copies one row's list with the blocks that need a mask first; writes its length and how many those are.
+
+    Sets the ticket counter to 0, from which the attention's programs may draw their tiles.
 
     Grid: (rows, heads, batch) of the lists. ``times`` is how many (batch, head) pairs share a row, for the counter.
     """
@@ -118,9 +121,12 @@ def _partition_lists(
         inner += tl.sum(whole_here, 0)
     tl.store(spans_ptr + 2 * place, count)
     tl.store(spans_ptr + 2 * place + 1, edges)
+    is_first = (row == 0) & (head == 0) & (item == 0)
+    if is_first:
+        tl.store(ticket_ptr, 0)
     if COUNT:
         tl.atomic_add(counter_ptr + 1, count.to(tl.int64) * times, sem="relaxed")
-        if (row == 0) & (head == 0) & (item == 0):
+        if is_first:
             tl.atomic_add(counter_ptr, tl.full([], 1, tl.int64), sem="relaxed")
 
 
@@ -157,11 +163,12 @@ def partition_launches(
     q_block: int,
     kv_block: int,
     counter: Tensor | None,
-) -> tuple[list[Launch], Tensor, Tensor]:
+) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """Launches that order every list with the blocks needing a mask first, and what they fill.
 
     Returns (launches, lists int32 [Bp, Hp, nq, width], spans int32 [Bp, Hp, nq, 2]: a list's length, and how many of
-    its blocks need a mask); Hp is that of the given lists, Bp too unless there are segments.
+    its blocks need a mask, a ticket counter int32 [1] at 0); Hp is that of the given lists, Bp too unless there are
+    segments.
     """
     launches: list[Launch] = []
     q_ranges = kv_ranges = None
@@ -177,12 +184,14 @@ def partition_launches(
     part_batch = batch if kv_segments is not None else list_batch
     spans = kv_indices.new_empty(part_batch, list_heads, rows, 2)
     parted = kv_indices.new_empty(part_batch, list_heads, rows, width)
+    ticket = kv_indices.new_empty(1)
     unused = spans  # a pointer for what is not there; never read
     arguments: dict[str, Any] = {
         "counts_ptr": kv_num_blocks,
         "lists_ptr": kv_indices,
         "spans_ptr": spans,
         "parted_ptr": parted,
+        "ticket_ptr": ticket,
         "q_ranges_ptr": unused if q_ranges is None else q_ranges,
         "kv_ranges_ptr": unused if kv_ranges is None else kv_ranges,
         "counter_ptr": unused if counter is None else counter,
@@ -213,4 +222,4 @@ def partition_launches(
         "COUNT": counter is not None,
     }
     launches.append(Launch(_partition_lists, (rows, list_heads, part_batch), arguments, {"num_warps": 1}))
-    return launches, parted, spans
+    return launches, parted, spans, ticket

@@ -101,6 +101,34 @@ def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> At
     return HALF_TILES[major, size]
 
 
+HALF_COLUMN_TILES = {
+    (8, 64): AttendTile(128, 64, 8, 2, 32, 1),
+    (8, 128): AttendTile(128, 32, 8, 2, 16, 1),
+    (8, 256): AttendTile(64, 32, 8, 2, 16, 1),
+    (9, 64): AttendTile(128, 128, 8, 3, 32, 1),
+    (9, 128): AttendTile(128, 64, 8, 3, 32, 1),
+    (9, 256): AttendTile(128, 32, 8, 2, 16, 1),
+    (10, 64): AttendTile(128, 128, 8, 3, 32, 1),
+    (10, 128): AttendTile(128, 64, 8, 3, 32, 1),
+    (10, 256): AttendTile(64, 32, 8, 2, 16, 1),
+}
+"""Tiles of the attention over gathered columns, fp16 and bf16: sized not to spill."""
+
+FLOAT_COLUMN_TILES = {
+    64: AttendTile(64, 32, 8, 2, 16, 1, dim_step=32),
+    128: AttendTile(32, 32, 8, 2, 16, 1, dim_step=32, precision="ieee"),
+    256: AttendTile(16, 32, 8, 1, 16, 1, dim_step=32),
+}
+
+
+def column_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> AttendTile:
+    """The tile of the attention over gathered columns; arguments as for ``attend_tile``."""
+    size = next(n for n in (64, 128, 256) if head_dim <= n)
+    if dtype == torch.float32:
+        return FLOAT_COLUMN_TILES[size]
+    return HALF_COLUMN_TILES[min(capability[0], 10), size]
+
+
 @lru_cache
 def _capability(index: int) -> Capability:
     return torch.cuda.get_device_capability(index)

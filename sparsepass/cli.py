@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from sparsepass.cli_bench import add_commands
 from sparsepass.cli_policy import policy_app
 from sparsepass.errors import OptionError, SparsepassError, close_names
 
@@ -42,6 +43,7 @@ app = typer.Typer(
     help="Block-sparse attention by torch.compile, with budgets that follow the task and the length.",
 )
 app.add_typer(policy_app, name="policy")
+add_commands(app)
 
 
 class Attention(StrEnum):
@@ -102,7 +104,8 @@ def explain(
         Side, typer.Option(help="Pad the rows to different real lengths.", rich_help_panel=_INPUT)
     ] = Side.NONE,
     task: Annotated[
-        str | None, typer.Option(help="Task hint; none is the hardest class.", rich_help_panel=_RUN)
+        str | None,
+        typer.Option(help="Task hint; none is the hardest class. With commas: one per row.", rich_help_panel=_RUN),
     ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="Policy file; default: the built-in prior.", rich_help_panel=_RUN)
@@ -139,9 +142,11 @@ def explain(
         else:
             shape = ModelShape(layers, heads, kv_heads, head_dim, hidden, max_length=length)
             built = build_random_model(arch, shape, attn=attn.value, dtype=kind, device=place)
-        inputs = random_inputs(built, length=length, batch=batch, padding=padding.value)
+        hint = task.split(",") if task is not None and "," in task else task
+        rows = len(hint) if isinstance(hint, list) and batch == 1 else batch
+        inputs = random_inputs(built, length=length, batch=rows, padding=padding.value)
     options = {name: True for name, on in (("always_sparse", always_sparse), ("inductor", inductor)) if on}
-    report = _explain(built, inputs, task, policy, {f"sparsepass.{name}": on for name, on in options.items()})
+    report = _explain(built, inputs, hint, policy, {f"sparsepass.{name}": on for name, on in options.items()})
     if as_json:
         typer.echo(report.to_json(nodes=verbose))
     else:
@@ -151,7 +156,7 @@ def explain(
 
 
 def _explain(
-    model: Any, inputs: dict[str, Any], task: str | None, policy: Path | None, options: dict[str, Any]
+    model: Any, inputs: dict[str, Any], task: str | list[str] | None, policy: Path | None, options: dict[str, Any]
 ) -> Report:
     import torch
 

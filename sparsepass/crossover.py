@@ -2,7 +2,7 @@
 
 The table (``crossover.json``) holds, per device, dtype and head size, the largest density at which the sparse path,
 selection included, beat the dense kernel by 5%, at each measured length. Where nothing was measured the answer
-is cautious. Rebuild it from measurements:
+is cautious. A tuning file (``sparsepass tune``) replaces the devices that it has. Rebuild the shipped table by
 
     python -m sparsepass.crossover build docs/measurements/crossover_*.json -o sparsepass/crossover.json
 """
@@ -20,7 +20,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparsepass.crossover_table import (
+    Curve,
     Points,
     Record,
     Table,
@@ -30,10 +33,12 @@ from sparsepass.crossover_table import (
     parse_records,
     plain_dtype,
 )
+from sparsepass.environment import cpu_name
 from sparsepass.errors import OptionError
+from sparsepass.kernels.tuned import TUNING_ENV, named_by_user, read_json, tuning_file, warn_once
 
-CROSSOVER_ENV = "SPARSEPASS_CROSSOVER"
-"""Environment variable: a table or a file of records whose devices replace those of the shipped table."""
+FORMER_ENV = "SPARSEPASS_CROSSOVER"
+"""The variable's name before it covered kernel configurations too. To set it is an error: it would go unheard."""
 
 SAME_RATE = {"float16": "bfloat16", "bfloat16": "float16"}
 """On CUDA both run at one rate, so either stands in for the other."""
@@ -57,10 +62,12 @@ def sparse_wins(
 ) -> Verdict:
     """Whether the sparse path beats the dense kernel.
 
-    ``device_name`` as ``torch.cuda.get_device_name`` gives it (any text for a CPU), ``dtype`` as ``str(torch.dtype)``
-    with or without ``torch.``, ``length`` in key tokens, ``density`` the mean over the heads. Raises ``OptionError`` if
-    the file that ``SPARSEPASS_CROSSOVER`` names cannot be read.
+    ``device_name`` as ``torch.cuda.get_device_name`` gives it (``cpu`` for this machine's), ``dtype`` as
+    ``str(torch.dtype)`` with or without ``torch.``, ``length`` in key tokens, ``density`` the mean over the heads.
+    Raises ``OptionError`` if the file that ``SPARSEPASS_TUNING`` names cannot be read.
     """
+    if device_type == "cpu" and device_name == "cpu":
+        device_name = cpu_name()
     return _verdict(current_table(), device_name, device_type, plain_dtype(dtype), head_dim, length, density)
 
 
@@ -85,14 +92,14 @@ def _candidates(
 ) -> tuple[list[Points], str]:
     """The curves that may apply, of which the most cautious counts, and a phrase saying what they rest on."""
     fallback = [table.fallback[device_type]] if device_type in table.fallback else []
-    same_type = [curve for curve in table.curves if curve.device_type == device_type]
-    mine = [curve for curve in same_type if curve.device.casefold() == device_name.casefold()]
-    basis = f"measured on {device_name}"
-    if not mine and device_type == "cpu" and same_type:
+    mine = _of_device(table, device_name, device_type)
+    named = device_name
+    if not mine and device_type == "cpu":
         # Both paths are matrix products in the same library there, so the ratio carries over; the name may not.
-        mine, basis = same_type, "measured on another CPU"
+        mine, named = [curve for curve in table.curves if curve.device_type == device_type], "another CPU"
     if not mine:
         return fallback, f"the cautious default, {device_name} was not measured"
+    basis = _basis(mine, named)
     dtypes = {curve.dtype for curve in mine}
     if dtype not in dtypes and device_type == "cuda":
         dtype = SAME_RATE.get(dtype, dtype)
@@ -109,35 +116,71 @@ def _candidates(
     return (known if larger and dtype in dtypes else known + fallback), basis
 
 
+def provenance(device: torch.device) -> str:
+    """Which table decides for a device, and when it was measured: a sentence for reports. Raises ``OptionError``."""
+    device_type = device.type
+    device_name = torch.cuda.get_device_name(device) if device_type == "cuda" else cpu_name()
+    table = current_table()
+    mine = _of_device(table, device_name, device_type)
+    if mine:
+        return f"Where sparse pays: {_basis(mine, device_name)}."
+    if device_type == "cpu" and (others := [curve for curve in table.curves if curve.device_type == "cpu"]):
+        return f"Where sparse pays: {_basis(others, 'another CPU')}. Measure this one by sparsepass tune."
+    return f"Where sparse pays: the cautious default, {device_name} was not measured. Measure it by sparsepass tune."
+
+
+def _of_device(table: Table, device_name: str, device_type: str) -> list[Curve]:
+    same_type = [curve for curve in table.curves if curve.device_type == device_type]
+    return [curve for curve in same_type if curve.device.casefold() == device_name.casefold()]
+
+
+def _basis(curves: Sequence[Curve], device_name: str) -> str:
+    date, source = max(curve.measured for curve in curves), curves[0].source
+    return f"measured on {device_name}" + "".join(f", {part}" for part in (date, source) if part)
+
+
 def current_table() -> Table:
-    """The shipped table, with the devices of the file that ``SPARSEPASS_CROSSOVER`` names in place of its own."""
-    override = os.environ.get(CROSSOVER_ENV)
-    if not override:
+    """The shipped table, with the devices of the tuning file in force, if there is one, in place of its own.
+
+    Raises ``OptionError`` if ``SPARSEPASS_TUNING`` names a file that cannot be used. A default file that cannot be used
+    is left alone, with a warning.
+    """
+    if os.environ.get(FORMER_ENV):
+        raise OptionError(f"{FORMER_ENV} is now called {TUNING_ENV}; it takes the same files. Rename it.")
+    file = tuning_file()
+    if file is None:
         return _shipped()
     try:
-        stat = os.stat(override)
-    except OSError as error:
-        raise OptionError(
-            f"{CROSSOVER_ENV} names {override!r}, which cannot be read ({error.strerror}); name a crossover file or "
-            "unset it."
-        ) from error
-    return _overridden(os.path.abspath(override), stat.st_mtime_ns, stat.st_size)
+        return _with_own(_Content(read_json(file)), str(file))
+    except OptionError as error:
+        if named_by_user():
+            raise
+        warn_once(f"the tuning file is not used: {error}")
+        return _shipped()
 
 
 @functools.cache
 def _shipped() -> Table:
     text = resources.files("sparsepass").joinpath("crossover.json").read_text(encoding="utf-8")
-    return parse(json.loads(text), "crossover.json")
+    return parse(json.loads(text), "crossover.json", "shipped table")
+
+
+class _Content:
+    """Content of a file, compared by identity: ``read_json`` gives the same object until the file changes."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __hash__(self) -> int:
+        return id(self.data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and other.data is self.data
 
 
 @functools.lru_cache(maxsize=16)
-def _overridden(path: str, modified_ns: int, size: int) -> Table:
-    return _shipped().replaced_by(read(Path(path)))
-
-
-def read(path: Path) -> Table:
-    """A table from a file: of the table's own form, or of measured records. Raises ``OptionError``."""
-    return parse(_json(path), str(path))
+def _with_own(content: _Content, where: str) -> Table:
+    return _shipped().replaced_by(parse(content.data, where, where))
 
 
 def _json(path: Path) -> Any:

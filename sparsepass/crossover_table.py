@@ -9,11 +9,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from sparsepass.errors import OptionError
+from sparsepass.kernels.tuned import devices, is_tuning
 
 MARGIN = 1.05
 """Dense time over sparse time from which sparse counts as faster: under it, noise could make a site lose."""
@@ -35,6 +36,7 @@ class Record:
     density: float
     sparse_ms: float
     dense_ms: float
+    measured: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,10 @@ class Curve:
     dtype: str
     head_dim: int
     points: Points
+    measured: str = ""
+    """Date of the measurement, empty where it is not known."""
+    source: str = field(default="", compare=False)
+    """The file that it was read from; not part of the file."""
 
     def to_json(self) -> dict[str, Any]:
         """The curve as the table's file has it."""
@@ -55,6 +61,7 @@ class Curve:
             "dtype": self.dtype,
             "head_dim": self.head_dim,
             "points": [list(point) for point in self.points],
+            **({"measured": self.measured} if self.measured else {}),
         }
 
 
@@ -98,13 +105,15 @@ def interpolate(points: Points, length: int) -> float:
 
 def fit(records: Iterable[Record]) -> tuple[Curve, ...]:
     """Curves from measurements: repeats by their median, and no length may promise more than a longer one kept."""
+    dates: dict[tuple[str, str, str, int], str] = defaultdict(str)
     grouped: dict[tuple[str, str, str, int], dict[int, dict[float, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for one in records:
         key = (one.device, one.device_type, one.dtype, one.head_dim)
         grouped[key][one.length][one.density].append(one.dense_ms / one.sparse_ms)
-    return tuple(Curve(*key, points=_fit_lengths(grouped[key])) for key in sorted(grouped))
+        dates[key] = max(dates[key], one.measured)
+    return tuple(Curve(*key, points=_fit_lengths(grouped[key]), measured=dates[key]) for key in sorted(grouped))
 
 
 def _fit_lengths(lengths: Mapping[int, Mapping[float, list[float]]]) -> Points:
@@ -125,9 +134,20 @@ def _fit_lengths(lengths: Mapping[int, Mapping[float, list[float]]]) -> Points:
     return tuple(limits)
 
 
-def parse(data: Any, where: str) -> Table:
-    """A table from a file's content; ``where`` begins each error's text. Raises ``OptionError``."""
+def parse(data: Any, where: str, source: str = "") -> Table:
+    """A table from a file's content; ``where`` begins each error's text. Raises ``OptionError``.
+
+    The file is a table, measured records, or what ``sparsepass tune`` wrote. ``source`` is kept with the curves.
+    """
+    table = _parse(data, where)
+    return Table(tuple(replace(curve, source=source) for curve in table.curves), table.fallback)
+
+
+def _parse(data: Any, where: str) -> Table:
     try:
+        if is_tuning(data):
+            # Fitted anew: a change of the margin then holds for old measurements too.
+            return Table(fit(parse_records(data, where)), {})
         if "records" in data:
             return Table(fit(parse_records(data, where)), {})
         if data["version"] != VERSION:
@@ -139,6 +159,7 @@ def parse(data: Any, where: str) -> Table:
                 plain_dtype(one["dtype"]),
                 int(one["head_dim"]),
                 _points(one["points"]),
+                str(one.get("measured", "")),
             )
             for one in data["curves"]
         )
@@ -152,16 +173,26 @@ def parse(data: Any, where: str) -> Table:
 
 
 def parse_records(data: Mapping[str, Any], where: str) -> list[Record]:
-    """The ``records`` of a file of measurements. Raises ``OptionError``."""
+    """The ``records`` of a file of measurements, or of all devices of a tuning file. Raises ``OptionError``."""
     try:
-        return [_record(one) for one in data["records"]]
+        if is_tuning(data):
+            entries = devices(data, where)
+            return [_record(one, str(entry.get("measured", ""))) for entry in entries for one in entry["records"]]
+        date = str(data.get("date", data.get("environment", {}).get("date", "")))
+        hardware = data.get("hardware")
+        cpu = hardware.get("cpu") if isinstance(hardware, Mapping) else None
+        named = [
+            {**one, "device": cpu, "device_type": "cpu"} if cpu and one["device"] == "cpu" else one
+            for one in data["records"]
+        ]
+        return [_record(one, date) for one in named]
     except KeyError as error:
         raise OptionError(f"{where}: a record lacks the field {error}.") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise OptionError(f"{where}: {error}.") from error
 
 
-def _record(data: Mapping[str, Any]) -> Record:
+def _record(data: Mapping[str, Any], measured: str = "") -> Record:
     device = str(data["device"])
     record = Record(
         device=device,
@@ -172,6 +203,7 @@ def _record(data: Mapping[str, Any]) -> Record:
         density=float(data["density"]),
         sparse_ms=float(data["sparse_ms"]),
         dense_ms=float(data["dense_ms"]),
+        measured=str(data.get("measured", measured)),
     )
     times_fine = all(0 < time < math.inf for time in (record.sparse_ms, record.dense_ms))
     if not times_fine or not 0 < record.density <= 1 or record.length < 1 or record.head_dim < 1:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsepass import options as names
-from sparsepass.hints import Hint, resolve_hint
+from sparsepass.hints import Hints, resolve_hints
 from sparsepass.pipeline import backend
 from sparsepass.policy import Policy
 
@@ -23,7 +23,7 @@ def sparse(
     target: _Target,
     /,
     *,
-    task: Hint = None,
+    task: Hints = None,
     policy: str | Path | Policy | None = None,
     options: dict[str, Any] | None = None,
     **compile_arguments: Any,
@@ -33,7 +33,7 @@ def sparse(
     target: None = None,
     /,
     *,
-    task: Hint = None,
+    task: Hints = None,
     policy: str | Path | Policy | None = None,
     options: dict[str, Any] | None = None,
     **compile_arguments: Any,
@@ -44,7 +44,7 @@ def sparse(
     target: Any = None,
     /,
     *,
-    task: Hint = None,
+    task: Hints = None,
     policy: str | Path | Policy | None = None,
     options: dict[str, Any] | None = None,
     **compile_arguments: Any,
@@ -65,14 +65,14 @@ def sparse(
 def _apply(
     target: Any,
     *,
-    task: Hint,
+    task: Hints,
     policy: str | Path | Policy | None,
     options: dict[str, Any] | None,
     compile_arguments: dict[str, Any],
 ) -> Any:
     chosen = dict(options or {})
     if task is not None:
-        chosen[names.TASK] = str(resolve_hint(task))
+        chosen[names.TASK] = resolve_hints(task)
     if policy is not None:
         chosen[names.POLICY] = policy
     mode = compile_arguments.pop("mode", None) if "mode" in compile_arguments else None

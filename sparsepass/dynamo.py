@@ -5,6 +5,7 @@ Written against torch 2.11 to 2.13; a change there breaks here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -83,6 +84,41 @@ def holds(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(condition))
+
+
+def size_reader(graph: fx.Graph, size: int | torch.SymInt) -> Callable[[Sequence[Any]], int] | None:
+    """How to tell a size of a captured graph from the arguments of a call; None where they do not say."""
+    if isinstance(size, int):
+        return lambda arguments: size
+    wanted = size.node.expr
+    places: dict[Any, Callable[[Sequence[Any]], int]] = {}
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        held = node.meta.get("example_value")
+        if isinstance(held, torch.SymInt):
+            places.setdefault(held.node.expr, functools.partial(_argument, index))
+        elif isinstance(held, torch.Tensor):
+            for dim, length in enumerate(held.shape):
+                if isinstance(length, torch.SymInt):
+                    places.setdefault(length.node.expr, functools.partial(_argument_size, index, dim))
+    if wanted in places:
+        return places[wanted]
+    symbols = sorted(wanted.free_symbols, key=str)
+    if not all(symbol in places for symbol in symbols):
+        return None
+
+    @functools.lru_cache(maxsize=256)
+    def evaluate(values: tuple[int, ...]) -> int:
+        return int(wanted.xreplace(dict(zip(symbols, values, strict=True))))
+
+    return lambda arguments: evaluate(tuple(places[symbol](arguments) for symbol in symbols))
+
+
+def _argument(index: int, arguments: Sequence[Any]) -> int:
+    return int(arguments[index])
+
+
+def _argument_size(index: int, dim: int, arguments: Sequence[Any]) -> int:
+    return int(arguments[index].shape[dim])
 
 
 def guard_range(length: torch.SymInt, low: int, high: int | None) -> tuple[str, ...]:

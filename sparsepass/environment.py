@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "networkx", "rich", "typer", "matplotlib")
@@ -28,6 +30,17 @@ def package_version() -> str:
         return importlib.metadata.version("sparsepass")
     except importlib.metadata.PackageNotFoundError:
         return f"{getattr(importlib.import_module('sparsepass'), '__version__', 'unknown')} (not installed)"
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The processor's model, as the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, dict[str, str]]:

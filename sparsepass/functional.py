@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels.dispatch import UNBOUNDED, BlockLists, Visible, block_sparse_attention
 from sparsepass.kernels.dispatch_select import select_pooled_topk
+from sparsepass.methods.heads import float32_at_most
 from sparsepass.ops import default_scale
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def sparse_attention(
     value: torch.Tensor,
     blocks: BlockLists | BlockMask | None = None,
     *,
-    density: float | None = None,
+    density: float | Sequence[float] | torch.Tensor | None = None,
+    max_density: float | None = None,
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
@@ -87,6 +90,10 @@ def sparse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention, blocks given or selected by pooled block top-k at ``density``.
 
+    ``density``: the share of the visible blocks to compute, above 0 and at most 1: one number, a list of one per row of
+    the batch, or float32 [B], [B, 1], [B, H] or [1, H] on the device. A tensor's values are not looked at, since that
+    would wait for the device: ``max_density`` (default 1) sizes the lists, and what is over it is cut to it.
+
     query [B, H, Sq, D], key and value [B, Hkv, Skv, D]: fp16, bf16 or fp32, any strides. ``causal``: the last query
     stands at the last key (queries are a suffix of the keys). ``window``: with ``causal``, keys seen including its own;
     without, keys to either side. ``key_padding``: bool [B, Skv], True is a real key. ``segments``: integer [B, S],
@@ -96,16 +103,48 @@ def sparse_attention(
     """
     if (blocks is None) == (density is None):
         raise KernelInputError("Give either blocks (lists, or a BlockMask) or density, not both and not neither.")
-    if density is not None and not 0 < density <= 1:
-        raise KernelInputError(f"density is {density!r}; accepted is a share above 0 and at most 1.")
     visible = _visible(query, key, causal, window, key_padding, segments, cu_seqlens)
     factor = default_scale(query.shape[-1]) if scale is None else scale
     if blocks is None:
-        lists = select_pooled_topk(query, key, scale=factor, visible=visible, density=density or 1.0)
+        share, most = _density(density, max_density, query)
+        lists = select_pooled_topk(query, key, scale=factor, visible=visible, density=share, max_density=most)
     else:
         lists = blocks if isinstance(blocks, BlockLists) else from_block_mask(blocks)
     out, lse = block_sparse_attention(query, key, value, lists, scale=factor, visible=visible, return_lse=return_lse)
     return out if lse is None else (out, lse)
+
+
+def _density(
+    density: float | Sequence[float] | torch.Tensor | None, max_density: float | None, query: torch.Tensor
+) -> tuple[float | torch.Tensor, float | None]:
+    """The density as a number, or as float32 [B or 1, H or 1] with its greatest value."""
+    batch, heads = query.shape[:2]
+    if isinstance(density, torch.Tensor):
+        shares = density[:, None] if density.dim() == 1 else density
+        if shares.dim() != 2 or shares.shape[0] not in (1, batch) or shares.shape[1] not in (1, heads):
+            raise KernelInputError(
+                f"density has shape {tuple(density.shape)}; accepted is [{batch}] (one per row), [{batch}, {heads}] "
+                f"or [1, {heads}]."
+            )
+        return shares, 1.0 if max_density is None else _share(max_density, "max_density")
+    if max_density is not None:
+        raise KernelInputError("max_density goes with a tensor of densities; other densities are known as they are.")
+    if not isinstance(density, Sequence):
+        return _share(density, "density"), None
+    if len(density) != batch:
+        raise KernelInputError(f"{len(density)} densities for a batch of {batch} rows; accepted is one per row.")
+    rows = [_share(one, f"density[{row}]") for row, one in enumerate(density)]
+    # Rounded down, as float32 asks for a block more where the share of a number of blocks is a whole number.
+    host = torch.tensor([[float32_at_most(one)] for one in rows], dtype=torch.float32, device="cpu")
+    if query.device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(query.device, non_blocking=True), max(rows)
+
+
+def _share(given: Any, name: str) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= 1:
+        raise KernelInputError(f"{name} is {given!r}; accepted is a share above 0 and at most 1.")
+    return float(given)
 
 
 def _visible(

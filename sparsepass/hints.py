@@ -5,22 +5,24 @@ The axes are those of The Sparse Frontier (arXiv 2504.17768): *scope*, how many 
 
 In eager code the hint is kept in a ContextVar, so threads and asyncio tasks each have their own. Inside a compiled
 region a ContextVar cannot be set: there ``task`` annotates the traced nodes instead (``NODE_KEY``).
+
+A batch of different requests has a hint per row: a sequence of hints, in force as a tuple of classes (``Rows``).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from sparsepass.errors import HintError, close_names
-from sparsepass.types import TaskClass
+from sparsepass.types import Rows, TaskClass
 
 NODE_KEY = "sparsepass_task"
-"""A hint given inside a compiled region is ``node.meta["custom"][NODE_KEY]``: the task class's name, a str."""
+"""A hint given inside a compiled region is ``node.meta["custom"][NODE_KEY]``: its text, as ``hint_text`` writes it."""
 
 Level = Literal["low", "high"]
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
@@ -58,7 +60,10 @@ class TaskHint:
 
 
 Hint = str | TaskHint | TaskClass | None
-"""What a user may give as a hint."""
+"""What a user may give as a hint for one request."""
+
+Hints = Hint | Sequence[Hint]
+"""What a user may give for a batch: one hint for all of it, or one per row."""
 
 _BY_NAME = {str(member): member for member in TaskClass}
 
@@ -80,11 +85,51 @@ def resolve_hint(hint: Hint) -> TaskClass:
     )
 
 
+def resolve_hints(hint: Hints) -> TaskClass | Rows:
+    """The class of a hint, or the class of each row of a list of hints. Raises ``HintError`` naming the row."""
+    if not isinstance(hint, list | tuple) and (isinstance(hint, str | TaskHint) or not isinstance(hint, Sequence)):
+        return resolve_hint(hint)  # type: ignore[arg-type]  # which refuses whatever else is given
+    if len(hint) == 0:
+        raise HintError("A list of task hints is empty; accepted is one hint per row of the batch, or a single hint.")
+    rows = []
+    for row, one in enumerate(hint):
+        try:
+            rows.append(resolve_hint(one))
+        except HintError as error:
+            raise HintError(f"Row {row} of the task hints: {error}") from None
+    return tuple(rows)
+
+
+def hint_text(resolved: TaskClass | Rows) -> str:
+    """A resolved hint as one text: the class's name, or for a list each row's, followed by a comma."""
+    return "".join(f"{row}," for row in resolved) if isinstance(resolved, tuple) else str(resolved)
+
+
+def hint_words(resolved: TaskClass | Rows) -> str:
+    """A resolved hint for people: ``single_qa``, or ``multi_hop, 2x single_qa`` for rows, whatever their order."""
+    if not isinstance(resolved, tuple):
+        return str(resolved)
+    counts = sorted((str(task), resolved.count(task)) for task in set(resolved))
+    return ", ".join(task if count == 1 else f"{count}x {task}" for task, count in counts)
+
+
+def parse_hint_text(text: str) -> TaskClass | Rows:
+    """The resolved hint that ``hint_text`` wrote."""
+    return tuple(map(TaskClass, text[:-1].split(","))) if text.endswith(",") else TaskClass(text)
+
+
+def alike(resolved: TaskClass | Rows) -> TaskClass | None:
+    """The one class of a hint, also of a list whose rows are all of one class; None where classes differ."""
+    if not isinstance(resolved, tuple):
+        return resolved
+    return resolved[0] if len(set(resolved)) == 1 else None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Frame:
     """One entered hint and those around it. Frames are immutable, so a context that was copied keeps its own."""
 
-    task_class: TaskClass
+    hint: TaskClass | Rows
     outer: _Frame | None
     scope: object
 
@@ -92,16 +137,19 @@ class _Frame:
 _current: ContextVar[_Frame | None] = ContextVar("sparsepass_task", default=None)
 
 
-def current_task() -> TaskClass:
-    """The hint in force in this thread or asyncio task. A hint given inside a compiled region does not show here."""
+def current_task() -> TaskClass | Rows:
+    """The hint in force in this thread or asyncio task: its class, or the class of each row where it is a list.
+
+    A hint given inside a compiled region does not show here.
+    """
     frame = _current.get()
-    return TaskClass.UNKNOWN if frame is None else frame.task_class
+    return TaskClass.UNKNOWN if frame is None else frame.hint
 
 
-def current_hint() -> TaskClass | None:
+def current_hint() -> TaskClass | Rows | None:
     """As ``current_task``, but ``None`` where no hint is in force: a region's own default may then hold."""
     frame = _current.get()
-    return None if frame is None else frame.task_class
+    return None if frame is None else frame.hint
 
 
 class TaskScope(Protocol):
@@ -115,12 +163,12 @@ class TaskScope(Protocol):
 class _EagerScope:
     """Holds a hint over a block. It stores nothing itself, so one object serves many threads, tasks and nestings."""
 
-    def __init__(self, task_class: TaskClass) -> None:
-        self.task_class = task_class
+    def __init__(self, hint: TaskClass | Rows) -> None:
+        self.hint = hint
 
-    def __enter__(self) -> TaskClass:
-        _current.set(_Frame(self.task_class, _current.get(), self))
-        return self.task_class
+    def __enter__(self) -> TaskClass | Rows:
+        _current.set(_Frame(self.hint, _current.get(), self))
+        return self.hint
 
     def __exit__(self, *exc: Any) -> None:
         # Not a token: it would have to be stored here, shared by all contexts. The walk skips hints that a suspended
@@ -132,19 +180,21 @@ class _EagerScope:
             _current.set(frame.outer)
 
     def __call__(self, fn: _Fn, /) -> _Fn:
-        return _decorate(fn, self.task_class)
+        return _decorate(fn, self.hint)
 
     def __repr__(self) -> str:
-        return f"sparsepass.task({str(self.task_class)!r})"
+        return f"sparsepass.task({_given(self.hint)!r})"
 
 
-def task(hint: Hint) -> TaskScope:
+def task(hint: Hints) -> TaskScope:
     """Say what the request is: ``with task("single_qa"): ...`` or ``@task("single_qa")``.
 
     ``hint`` is a class name (``single_qa``, ``multi_qa``, ``multi_hop``, ``aggregation``, ``dense``, ``unknown``), a
-    ``TaskHint``, a ``TaskClass``, or ``None`` for the hardest class. The inner of two nested hints counts. As a
-    decorator it takes functions, coroutine functions and (asynchronous) generator functions; the hint holds while the
-    function's own code runs, not while its caller handles a yielded value. Raises ``HintError`` right here.
+    ``TaskHint``, a ``TaskClass``, or ``None`` for the hardest class. A list or tuple of these is one hint per row of
+    the batch; a batch of another size is then a ``HintError`` when the model is called. The inner of two nested hints
+    counts. As a decorator it takes functions, coroutine functions and (asynchronous) generator functions; the hint
+    holds while the function's own code runs, not while its caller handles a yielded value. Raises ``HintError`` right
+    here.
 
     Inside a compiled region it takes effect on the attention traced within the ``with`` block, and overrules the
     caller's hint there. Write the call in the ``with`` statement itself: Dynamo cannot enter an object made outside.
@@ -153,31 +203,36 @@ def task(hint: Hint) -> TaskScope:
     import torch  # not at import: hints are read by tools that run no model
 
     if torch.compiler.is_compiling():
-        traced: TaskScope = _traced_scope(resolve_hint(hint))
+        traced: TaskScope = _traced_scope(hint_text(resolve_hints(hint)))
         return traced
-    return _EagerScope(resolve_hint(hint))
+    return _EagerScope(resolve_hints(hint))
 
 
-def _traced_scope(task_class: TaskClass) -> Any:
+def _traced_scope(text: str) -> Any:
     import torch
 
-    return torch.fx.traceback.annotate({NODE_KEY: str(task_class)})
+    return torch.fx.traceback.annotate({NODE_KEY: text})
 
 
-def _decorate(fn: _Fn, task_class: TaskClass) -> _Fn:
+def _given(resolved: TaskClass | Rows) -> str | list[str]:
+    """What ``task`` takes for a resolved hint, of plain strings: what Dynamo traces best."""
+    return [str(row) for row in resolved] if isinstance(resolved, tuple) else str(resolved)
+
+
+def _decorate(fn: _Fn, hint: TaskClass | Rows) -> _Fn:
     """Wrap ``fn`` by its kind. Wrappers enter ``task`` anew at each call, since a call may be traced or not."""
     if inspect.isclass(fn) or not callable(fn):
         raise HintError(
-            f"sparsepass.task({str(task_class)!r}) decorates functions and methods, and was given {fn!r}; "
+            f"sparsepass.task({_given(hint)!r}) decorates functions and methods, and was given {fn!r}; "
             "decorate the method that runs the model, for instance forward."
         )
-    name = str(task_class)
+    given = _given(hint)
     body: Any = fn if inspect.isroutine(fn) else getattr(fn, "__call__", fn)  # noqa: B004 - the method is wanted
     wrapper: Any
     if inspect.isasyncgenfunction(fn) or inspect.isasyncgenfunction(body):
 
         async def held_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-            steps = _Steps(task_class)
+            steps = _Steps(hint)
             source = fn(*args, **kwargs)
             step, value = source.asend, None
             try:
@@ -201,7 +256,7 @@ def _decorate(fn: _Fn, task_class: TaskClass) -> _Fn:
     elif inspect.isgeneratorfunction(fn) or inspect.isgeneratorfunction(body):
 
         def held_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-            steps = _Steps(task_class)
+            steps = _Steps(hint)
             source = fn(*args, **kwargs)
             step, value = source.send, None
             try:
@@ -225,14 +280,14 @@ def _decorate(fn: _Fn, task_class: TaskClass) -> _Fn:
     elif inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(body):
 
         async def held_coroutine(*args: Any, **kwargs: Any) -> Any:
-            with task(name):
+            with task(given):
                 return await fn(*args, **kwargs)
 
         wrapper = held_coroutine
     else:
 
         def held(*args: Any, **kwargs: Any) -> Any:
-            with task(name):
+            with task(given):
                 return fn(*args, **kwargs)
 
         wrapper = held
@@ -244,8 +299,8 @@ class _Steps:
     """Holds the hint over each step of one generator: never over its consumer, and hints that the generator itself
     entered around a ``yield`` are there again at the next step."""
 
-    def __init__(self, task_class: TaskClass) -> None:
-        self.inner: _Frame | None = _Frame(task_class, None, self)
+    def __init__(self, hint: TaskClass | Rows) -> None:
+        self.inner: _Frame | None = _Frame(hint, None, self)
         self.outer: _Frame | None = None
 
     def __enter__(self) -> None:

@@ -17,11 +17,13 @@ from sparsepass import hints, record
 from sparsepass import options as names
 from sparsepass.counters import Counts
 from sparsepass.drawgraph import DrawNode
-from sparsepass.methods import make_method
+from sparsepass.entries import budget_text
+from sparsepass.methods import encode_budget, make_method
+from sparsepass.methods.rows import decode_rows
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.policy import Policy
-from sparsepass.report import GraphReport, Outcome, Report, SiteReport
-from sparsepass.types import BY_LENGTH, Phase, Plan, PlanEntry
+from sparsepass.report import GraphReport, Outcome, Report, RowReport, SiteReport
+from sparsepass.types import BY_LENGTH, BY_ROW, Phase, Plan, PlanEntry
 
 NO_INDUCTOR = "Run without Inductor: times and peak memory are those of the rewritten graph, unfused."
 
@@ -29,7 +31,7 @@ NO_INDUCTOR = "Run without Inductor: times and peak memory are those of the rewr
 def explain(
     target: Callable[..., Any],
     *args: Any,
-    task: hints.Hint = None,
+    task: hints.Hints = None,
     policy: str | Path | Policy | None = None,
     options: dict[str, Any] | None = None,
     **kwargs: Any,
@@ -39,7 +41,8 @@ def explain(
     ``target`` is a model, a function, or something compiled already (by ``torch.compile(..., backend="sparsepass")`` or
     ``model.compile(...)``), which is then run as it is. A model or function that is not compiled is compiled for this
     one call, without Inductor. A method such as ``model.generate`` is run as it is: if nothing in it is compiled, the
-    report says so. ``task``: hint in force during the call. ``options``: as for ``torch.compile``.
+    report says so. ``task``: hint in force during the call, or a list of one per row of the batch. ``options``: as for
+    ``torch.compile``.
     """
     runnable, notes = _prepare(target, policy, options)
     with record.recording() as recording, _PeakMemory() as peak, torch.no_grad():
@@ -95,16 +98,18 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
     after = graph.counts()
     plan = graph.plan.current
     sites = tuple(
-        _site_report(entry, after[entry.site.index] - before.get(entry.site.index, Counts())) for entry in plan.entries
+        _site_report(entry, after[entry.site.index] - before.get(entry.site.index, Counts()), _rows(graph, entry))
+        for entry in plan.entries
     )
     notes = []
     if graph.plan.registry_key is None and sites:
         why = "every task class gets the same plan" if graph.findings.prefill else "decode sites stay dense"
         notes.append(f"No hint guard: {why}.")
+    notes += graph.measurements
     return GraphReport(
         index=index,
         name=f"graph {index}",
-        task=str(graph.plan.task) if graph.plan.registry_key is not None else "any",
+        task=_task_text(graph),
         bucket=_bucket_text(plan),
         plan_key=plan.key,
         guards=graph.guards,
@@ -115,7 +120,15 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
         compile_seconds=graph.compile_seconds,
         notes=tuple(notes),
         nodes=draw_nodes(graph),
+        rows=tuple(map(str, graph.rows)) if graph.rows is not None and isinstance(graph.plan.task, tuple) else (),
     )
+
+
+def _task_text(graph: CompiledGraph) -> str:
+    if graph.plan.registry_key is None:
+        return "any"
+    mixed = isinstance(graph.plan.task, tuple) and graph.rows is not None
+    return hints.hint_words(graph.rows if mixed and graph.rows is not None else graph.plan.task)
 
 
 def _bucket_text(plan: Plan) -> str:
@@ -125,9 +138,24 @@ def _bucket_text(plan: Plan) -> str:
     return "decided at run time" if by_length else "any"
 
 
-def _site_report(entry: PlanEntry, ran: Counts) -> SiteReport:
-    asked = None
-    if not entry.budget.dense and entry.budget.method != BY_LENGTH:
+def _rows(graph: CompiledGraph, entry: PlanEntry) -> tuple[RowReport, ...]:
+    """What each row of the last call computes at a site whose budgets differ by row."""
+    if entry.budget.method != BY_ROW:
+        return ()
+    found = graph.findings.sites[entry.site.index]
+    rows = graph.rows if found.hint is None else hints.parse_hint_text(found.hint)
+    shared = decode_rows(budget_text(entry.budget))
+    replaced = {one.task for one in shared.classes if one.replaced}
+    length = entry.site.kv_len if isinstance(entry.site.kv_len, int) else None
+    return tuple(
+        RowReport(str(task), encode_budget(shared.budget(task)), shared.row_density(task, length), task in replaced)
+        for task in (rows if isinstance(rows, tuple) else ())
+    )
+
+
+def _site_report(entry: PlanEntry, ran: Counts, rows: tuple[RowReport, ...] = ()) -> SiteReport:
+    asked = sum(row.density for row in rows) / len(rows) if rows else None
+    if not entry.budget.dense and entry.budget.method not in (BY_LENGTH, BY_ROW):
         asked = make_method(entry.budget).mean_density
     return SiteReport(
         entry=entry,
@@ -135,6 +163,7 @@ def _site_report(entry: PlanEntry, ran: Counts) -> SiteReport:
         density_achieved=ran.density,
         blocks_computed=ran.computed,
         blocks_visible=ran.visible,
+        rows=rows,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsepass.errors import SparsepassError
@@ -30,6 +30,12 @@ class ModelShape:
     hidden: int = 256
     vocab: int = 512
     max_length: int = 4096
+    intermediate: int = 0
+    """Of the feed-forward layers; 0 makes it twice the hidden size."""
+
+    def longest(self, length: int) -> ModelShape:
+        """The same model with room for this many tokens."""
+        return replace(self, max_length=max(self.max_length, length))
 
     def config_fields(self) -> dict[str, int]:
         """The sizes under the names that most transformers configs use (others map them by ``attribute_map``)."""
@@ -39,7 +45,7 @@ class ModelShape:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "hidden_size": self.hidden,
-            "intermediate_size": 2 * self.hidden,
+            "intermediate_size": self.intermediate or 2 * self.hidden,
             "vocab_size": self.vocab,
             "max_position_embeddings": max(self.max_length, 4096),
             # The defaults point past a small vocabulary, which nn.Embedding refuses.

@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from sparsepass import counters
+from sparsepass.errors import KernelInputError
 from sparsepass.kernels.dispatch import Visible, block_sparse_attention
 from sparsepass.methods import Method, decode_budget, make_method
-from sparsepass.types import BY_LENGTH, UNBOUNDED, Budget
+from sparsepass.methods.rows import decode_rows, dial_table, is_row_text
+from sparsepass.types import UNBOUNDED
 
 _library = torch.library.Library("sparsepass", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
-    " int left, int right, bool bottom_right, str budget, int slot) -> Tensor",
+    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 SPARSE_ATTENTION = torch.ops.sparsepass.attention.default
@@ -38,48 +40,62 @@ def _attention(
     bottom_right: bool,
     budget: str,
     slot: int,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over the blocks that ``budget`` selects.
 
     query [B, H, Sq, D], key and value [B, Hkv, Skv, D] of one dtype (fp16, bf16, fp32), any strides; segments int32
-    [B, Sq] and [B, Skv]. ``budget``: a method's text form, or a table ``high=text;...;*=text`` from which the real key
+    [B, Sq] and [B, Skv]. ``budget``: a method's text form, or that of ``RowBudgets``, from which ``rows`` picks (class
+    numbers int32 [B], the places in ``TASKS``), or a table of these, ``high=text;...;*=text``, from which the real key
     length picks. Returns [B, H, Sq, D] laid out as [B, Sq, H, D].
     """
-    method = budget_for(budget, key.shape[2])
+    text = text_for(budget, key.shape[2])
+    method = method_of(text)
     offset = key.shape[2] - query.shape[2] if bottom_right else 0
     if method is None:
         out = _dense(query, key, value, q_segments, kv_segments, scale, left, right, offset)
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     counter = counters.row(query.device, slot)
     visible = Visible(left, right, offset, q_segments, kv_segments)
-    lists = method.select(query, key, scale=scale, visible=visible, counter=counter)
+    dial = None
+    if is_row_text(text):
+        if rows is None or rows.shape[0] != query.shape[0]:
+            raise KernelInputError(
+                f"{'No' if rows is None else rows.shape[0]} class numbers for a batch of {query.shape[0]} rows; "
+                "accepted is one per row (sparsepass.task was given a list of another length)."
+            )
+        table = dial_table(text, query.shape[1], query.device)
+        dial = None if table is None else table.index_select(0, rows)
+    lists = method.select(query, key, scale=scale, visible=visible, counter=counter, dial=dial)
     out, _ = block_sparse_attention(query, key, value, lists, scale=scale, visible=visible, counter=counter)
     return out
 
 
-def prepare(budget: Budget, device: torch.device) -> None:
-    """Put on the device what the op needs there under this budget: nothing may be allocated inside a CUDA graph."""
+def prepare(text: str, heads: int, device: torch.device) -> None:
+    """Put on the device what the op needs there under a budget text: nothing may be allocated inside a CUDA graph."""
     counters.prepare(device)
-    if budget.method == BY_LENGTH:
-        texts = [entry.split("=", 1)[1] for entry in str(budget.params["table"]).split(";")]
-        budgets = [decode_budget(text) for text in texts]
-    else:
-        budgets = [budget]
-    for each in budgets:
-        make_method(each).prepare(device)
+    for one in [entry.split("=", 1)[1] for entry in text.split(";")] if ";" in text else [text]:
+        if is_row_text(one):
+            dial_table(one, heads, device)
+        method = method_of(one)
+        if method is not None:
+            method.prepare(device)
+
+
+def text_for(text: str, kv_len: int) -> str:
+    """The part of a budget text that holds at this key length."""
+    for entry in text.split(";") if ";" in text else ():
+        high, chosen = entry.split("=", 1)
+        if high == "*" or kv_len <= int(high):
+            return chosen
+    return text
 
 
 @functools.lru_cache(maxsize=4096)
-def budget_for(text: str, kv_len: int) -> Method | None:
-    """The method a budget text stands for at this key length; None for dense."""
-    if "=" in text.split("(", 1)[0]:
-        for entry in text.split(";"):
-            high, chosen = entry.split("=", 1)
-            if high == "*" or kv_len <= int(high):
-                text = chosen
-                break
-    decoded = decode_budget(text)
-    return None if decoded.dense else make_method(decoded)
+def method_of(text: str) -> Method | None:
+    """The method that a budget text of one length stands for, of a mixed batch the cap; None for dense."""
+    method = make_method(decode_rows(text).cap if is_row_text(text) else decode_budget(text))
+    return None if method.computes_all else method
 
 
 def _dense(

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsepass import dynamo
+from sparsepass.entries import Settings
 from sparsepass.errors import OptionError, close_names
-from sparsepass.hints import resolve_hint
-from sparsepass.plan import Settings
+from sparsepass.hints import resolve_hints
 from sparsepass.policy import resolve_policy
 
 PREFIX = "sparsepass."
@@ -20,7 +20,7 @@ INDUCTOR = "sparsepass.inductor"
 
 KNOWN: dict[str, str] = {
     POLICY: "a Policy, the path of a policy file, or 'prior' (default: $SPARSEPASS_POLICY, else the prior)",
-    TASK: "the hint that holds where no sparsepass.task(...) is in force (default: none, the hardest class)",
+    TASK: "the hint (or a list, one per row) where no sparsepass.task(...) is in force (default: the hardest)",
     ALWAYS_SPARSE: "True: sparse wherever the policy says so, even where it was measured to be slower",
     INDUCTOR: "False: run the rewritten graph as it is, without Inductor (for inspection and tests)",
 }
@@ -50,7 +50,7 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Settings
     task = own.get(TASK)
     settings = Settings(
         policy=resolve_policy(own.get(POLICY)),
-        task=None if task is None else resolve_hint(task),
+        task=None if task is None else resolve_hints(task),
         always_sparse=_flag(ALWAYS_SPARSE, own.get(ALWAYS_SPARSE, False)),
     )
     return settings, patches, _flag(INDUCTOR, own.get(INDUCTOR, True))

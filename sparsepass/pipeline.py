@@ -6,19 +6,22 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from sparsepass import counters, dynamo, record
+from sparsepass import counters, crossover, dynamo, record
 from sparsepass import options as options_module
 from sparsepass.canon import value
+from sparsepass.hints import hint_words
 from sparsepass.ops import prepare
-from sparsepass.plan import GraphPlan, Settings, plan_graph, plan_keys
+from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
 from sparsepass.rewrite import Rewriter
+from sparsepass.rowinputs import RowSource, check_rows
 from sparsepass.sites import Findings, find_nested, find_sites
+from sparsepass.types import Rows, TaskClass
 from sparsepass.verify import verify
 
 log = logging.getLogger("sparsepass")
@@ -49,21 +52,32 @@ def backend(
     findings = find_sites(gm.graph)
     findings = replace(findings, refused=findings.refused + find_nested(gm))
     plan = plan_graph(findings, settings)
-    rewritten, slot = _rewrite(gm, findings, plan)
-    compiled = dynamo.inductor(rewritten, example_inputs, patches) if use_inductor else rewritten.forward
+    rewritten, slot, inputs = _rewrite(gm, findings, plan)
+    examples = [*example_inputs, *inputs.examples]
+    compiled = dynamo.inductor(rewritten, examples, patches) if use_inductor else rewritten.forward
     hint_guard = None if plan.registry_key is None else dynamo.install_plan_guard(plan.registry_key)
-    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard)
+    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard, inputs.sources)
     graph.compile_seconds = time.perf_counter() - started
     record.compiled(graph)
     log.info("%s", graph.summary())
     return graph if plan.registry_key is not None or findings.sites or findings.refused else compiled
 
 
+@dataclass(frozen=True)
+class AddedInputs:
+    """The inputs of a mixed graph besides those captured: for the compiler, and how to make them at each call."""
+
+    examples: tuple[torch.Tensor, ...] = ()
+    sources: tuple[RowSource, ...] = ()
+
+
 class CompiledGraph:
     """A compiled graph with the plan it was compiled for.
 
     Each call compares the plan wanted now with that plan: a guard that was dropped (``guard_filter_fn``, or a stance
-    that skips guards) is answered by running the captured graph densely, never with the wrong budget.
+    that skips guards) is answered by running the captured graph densely, never with the wrong budget. A list of hints
+    is checked against the rows of the batch, and a mixed graph is given each row's class as a tensor: read at the call,
+    not when the graph was compiled or captured.
     """
 
     def __init__(
@@ -75,6 +89,7 @@ class CompiledGraph:
         settings: Settings,
         slot: int,
         hint_guard: str | None,
+        row_sources: Sequence[RowSource] = (),
     ) -> None:
         self.compiled = compiled
         self.captured = captured
@@ -86,15 +101,31 @@ class CompiledGraph:
         self.compile_seconds = 0.0
         self.runs = 0
         self.key = plan.current.key
+        self.rows: Rows | None = None
+        """Classes of the rows of the last call with a list of hints."""
+        self._row_sources = tuple(row_sources)
+        self._batches = _batch_readers(captured, findings, plan) if plan.registry_key is not None else ()
         self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
         self._warned = False
+        devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
+        self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
+        """By which measurements sparse was taken to be faster or not: a sentence for each device."""
 
     def __call__(self, *args: Any) -> Any:
         if record.ACTIVE:
             record.ran(self)
         self.runs += 1
-        if self._wanted is not None and self._wanted() != self.key:
+        if self._wanted is None:
+            return self.compiled(*args, *(source.make(TaskClass.UNKNOWN, args) for source in self._row_sources))
+        hint = self.settings.wanted()
+        if isinstance(hint, tuple):
+            for batch in self._batches:
+                check_rows(hint, batch(args))
+            self.rows = hint
+        if self._wanted() != self.key:
             return self._run_dense(args)
+        if self._row_sources:
+            return self.compiled(*args, *(source.make(hint, args) for source in self._row_sources))
         return self.compiled(*args)
 
     def _run_dense(self, args: tuple[Any, ...]) -> Any:
@@ -122,24 +153,43 @@ class CompiledGraph:
         sparse = sum(1 for entry in current.entries if not entry.budget.dense)
         return (
             f"compiled a graph with {len(self.findings.sites)} attention sites, {sparse} sparse, "
-            f"{len(self.findings.refused)} refused; task {current.task}, bucket {current.bucket}, "
+            f"{len(self.findings.refused)} refused; task {hint_words(current.task)}, bucket {current.bucket}, "
             f"plan {current.key!r}, guards {list(self.guards)}, {self.compile_seconds:.1f} s"
         )
 
 
-def _rewrite(gm: fx.GraphModule, findings: Findings, plan: GraphPlan) -> tuple[fx.GraphModule, int]:
-    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes) and the first counter slot of its sites."""
+def _rewrite(gm: fx.GraphModule, findings: Findings, plan: GraphPlan) -> tuple[fx.GraphModule, int, AddedInputs]:
+    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the first counter slot of its sites, and
+    the inputs that were added."""
     entries = plan.current.entries
     if not any(entry.rewritten for entry in entries):
-        return gm, 0
+        return gm, 0, AddedInputs()
     for entry in entries:
         if not entry.budget.dense:
-            prepare(entry.budget, torch.device(entry.site.device))
+            prepare(budget_text(entry.budget), entry.site.heads, torch.device(entry.site.device))
     slot = counters.reserve(f"{gm.code}{plan.current.key}", len(entries))
     twin, copies = dynamo.clone(gm)
     rewriter = Rewriter(twin.graph, copies, slot)
     expected = {found.site.name: value(found.attention.output) for found in findings.sites}
     rewriter.apply(findings.sites, entries)
-    verify(gm.graph, twin.graph, rewriter.replaced, expected)
+    verify(gm.graph, twin.graph, rewriter.replaced, expected, [node.name for node in rewriter.rows.values()])
     twin.recompile()
-    return twin, slot
+    sources = [
+        RowSource(torch.device(given.device), dynamo.size_reader(gm.graph, given.size), given.own)
+        for given in rewriter.rows
+    ]
+    return twin, slot, AddedInputs(tuple(value(node) for node in rewriter.rows.values()), tuple(sources))
+
+
+def _batch_readers(
+    captured: fx.GraphModule, findings: Findings, plan: GraphPlan
+) -> tuple[Callable[[Sequence[Any]], int], ...]:
+    """How to tell the rows of the batches that the hint in force is for: those of its sparse sites."""
+    sizes = {
+        str(size): size
+        for found, entry in zip(findings.sites, plan.current.entries, strict=True)
+        if not entry.budget.dense and found.hint is None
+        for size in found.query_shape[:1]
+    }
+    readers = [dynamo.size_reader(captured.graph, size) for size in sizes.values()]
+    return tuple(reader for reader in readers if reader is not None)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from sparsepass.drawgraph import DrawNode
 from sparsepass.errors import SparsepassError
 from sparsepass.jsonable import DecodeError, decode, encode
-from sparsepass.types import Phase, PlanEntry, Skip
+from sparsepass.methods.rows import decode_rows
+from sparsepass.types import BY_ROW, Phase, PlanEntry, Skip
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,6 +59,19 @@ _WORDS = {
 
 
 @dataclass(frozen=True)
+class RowReport:
+    """One row of a mixed batch at one site."""
+
+    task: str
+    budget: str
+    """What it computes, as text; ``dense``: every visible block, in the sparse kernel."""
+    density: float
+    """Share of the visible blocks asked for, mean over heads."""
+    replaced: bool = False
+    """Its class has a budget of another method or block size; it got that of the costliest class instead."""
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One attention site of one graph. Blocks are (query block, key block) pairs summed over batch, heads and runs."""
 
@@ -69,6 +83,16 @@ class SiteReport:
     blocks_computed: int
     blocks_visible: int
     near_misses: tuple[Skip, ...] = ()
+    rows: tuple[RowReport, ...] = ()
+    """The rows of the last call, where budgets differ by row."""
+
+    @property
+    def plan_words(self) -> str:
+        """The method, and whether it is the cap of budgets that differ by row."""
+        text = str(self.entry.budget.params.get("table", ""))
+        if self.entry.budget.method != BY_ROW:
+            return self.entry.budget.method
+        return f"{decode_rows(text).cap.method}, by row"
 
     @property
     def outcome(self) -> Outcome:
@@ -81,7 +105,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph that Dynamo captured and sparsepass compiled: one task, one length bucket, one plan."""
+    """One graph that Dynamo captured and sparsepass compiled: one task (or mix), one length bucket, one plan."""
 
     index: int
     name: str
@@ -99,6 +123,8 @@ class GraphReport:
     notes: tuple[str, ...]
     nodes: tuple[DrawNode, ...] = ()
     """The captured graph, for the picture; empty when it was not kept."""
+    rows: tuple[str, ...] = ()
+    """Class of each row of the last call, where the hint was a list of several."""
 
     @property
     def title(self) -> str:

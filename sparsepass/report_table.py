@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsepass.drawgraph import without_number
-from sparsepass.report import NOTHING_COMPILED, GraphReport, Outcome, Report, SiteReport, plural
+from sparsepass.methods.rows import decode_rows
+from sparsepass.report import NOTHING_COMPILED, GraphReport, Outcome, Report, RowReport, SiteReport, plural
 from sparsepass.types import AttentionSite, Skip, TaskClass
 
 STYLES = {
@@ -70,6 +71,7 @@ def _graph(graph: GraphReport, *, verbose: bool, ascii_only: bool) -> list[Rende
     if graph.sites:
         groups = [(s,) for s in graph.sites] if verbose else fold_sites(graph.sites)
         parts += ["", _sites(groups, ascii_only=ascii_only)]
+        parts += _bullets("Rows", _row_budgets(groups))
         parts += _bullets("Why dense", _dense_reasons(groups))
         if verbose:
             parts += _bullets("Modules", [f"site {s.entry.site.index}: {_module(s.entry.site)}" for s in graph.sites])
@@ -96,7 +98,7 @@ def _sites(groups: Sequence[tuple[SiteReport, ...]], *, ascii_only: bool) -> Tab
         first, site = group[0], group[0].entry.site
         plan = Text(SHORT[first.outcome], style=STYLES[first.outcome])
         if first.outcome is Outcome.SPARSE:
-            plan.append(f"\n{first.entry.budget.method}")
+            plan.append(f"\n{first.plan_words}")
         table.add_row(
             index_ranges([s.entry.site.index for s in group]) + (f"\nx{len(group)}" if len(group) > 1 else ""),
             f"{site.spelling}, {site.phase}\n{site.q_len} x {site.kv_len}\n{_heads(site)}",
@@ -116,7 +118,7 @@ def fold_sites(sites: Iterable[SiteReport]) -> list[tuple[SiteReport, ...]]:
         site, entry = report.entry.site, report.entry
         shape = (site.q_len, site.kv_len, site.heads, site.kv_heads, site.head_dim, site.v_head_dim, site.dtype)
         what = (site.spelling, site.phase, site.device, site.mask)
-        plan = (str(entry.budget), without_number(entry.reason), entry.rewritten, report.density_asked)
+        plan = (str(entry.budget), without_number(entry.reason), entry.rewritten, report.density_asked, report.rows)
         groups.setdefault((*shape, *what, *plan), []).append(report)
     return [tuple(group) for group in groups.values()]
 
@@ -165,6 +167,26 @@ def _dense_reasons(groups: Iterable[Sequence[SiteReport]]) -> list[str]:
         for group in groups
         if group[0].entry.reason and group[0].outcome is not Outcome.DECODE
     ]
+
+
+def _row_budgets(groups: Iterable[Sequence[SiteReport]]) -> list[str]:
+    """Per group of sites the cap, then what the rows compute, rows of one class together."""
+    lines = []
+    for group in groups:
+        if not (rows := group[0].rows):
+            continue
+        kinds: dict[RowReport, list[int]] = {}
+        for number, row in enumerate(rows):
+            kinds.setdefault(row, []).append(number)
+        cap = decode_rows(str(group[0].entry.budget.params["table"])).cap
+        parts = [f"{_site_names(group)}: cap {cap}"]
+        for row, numbers in kinds.items():
+            budget = "every visible block" if row.budget == "dense" else row.budget
+            why = " (its own method differs)" if row.replaced else ""
+            noun = "row" if len(numbers) == 1 else "rows"
+            parts.append(f"{noun} {index_ranges(numbers)} {row.task}: {budget}, density {row.density:.3f}{why}")
+        lines.append("; ".join(parts))
+    return lines
 
 
 def _site_names(group: Sequence[SiteReport]) -> str:

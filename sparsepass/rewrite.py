@@ -16,12 +16,25 @@ import torch.nn.functional as F
 from torch import fx
 
 from sparsepass.canon import value
+from sparsepass.entries import budget_text, by_row
+from sparsepass.hints import parse_hint_text
 from sparsepass.mask import MaskTerms
 from sparsepass.match import Attention, same_size, shape
 from sparsepass.ops import SPARSE_ATTENTION, default_scale
-from sparsepass.plan import budget_text
 from sparsepass.sites import FoundSite
-from sparsepass.types import Align, PlanEntry
+from sparsepass.types import Align, PlanEntry, Rows
+
+
+@dataclass(frozen=True)
+class RowsInput:
+    """An input that the rewritten graph has besides those of the captured one: the class number of each row, int32."""
+
+    device: str
+    size: int | torch.SymInt = field(compare=False)
+    """Rows of the batch, as the graph knows it."""
+    size_text: str
+    own: Rows | None
+    """Given inside the compiled region; None: those of the hint in force at each call."""
 
 
 @dataclass
@@ -34,6 +47,8 @@ class Rewriter:
     slot: int
     replaced: dict[str, fx.Node] = field(default_factory=dict)
     """New node by the site's name."""
+    rows: dict[RowsInput, fx.Node] = field(default_factory=dict)
+    """The inputs added for mixed batches, in the order in which they follow the graph's own."""
     _segments: dict[tuple[object, ...], tuple[fx.Node | None, fx.Node]] = field(default_factory=dict)
 
     def apply(self, sites: Sequence[FoundSite], entries: Sequence[PlanEntry]) -> None:
@@ -102,8 +117,23 @@ class Rewriter:
             band.align is Align.BOTTOM_RIGHT,
             budget_text(entry.budget),
             self.slot + found.site.index,
+            self._rows_input(found) if by_row(entry.budget) else None,
         )
         return self._call(SPARSE_ATTENTION, *arguments)
+
+    def _rows_input(self, found: FoundSite) -> fx.Node:
+        """The input of a mixed site's class numbers: one per device and size, shared by the layers."""
+        size = found.query_shape[0]
+        own = None if found.hint is None else parse_hint_text(found.hint)
+        given = RowsInput(found.site.device, size, str(size), own if isinstance(own, tuple) else None)
+        if given not in self.rows:
+            first = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(f"sparsepass_rows_{len(self.rows)}")
+            node.meta["example_value"] = value(found.attention.query).new_empty((size,), dtype=torch.int32)
+            node._dynamo_source = None  # type: ignore[attr-defined]  # AOTAutograd asks: it comes from no user value
+            self.rows[given] = node
+        return self.rows[given]
 
     def _segment_nodes(self, found: FoundSite, terms: MaskTerms) -> tuple[fx.Node | None, fx.Node | None]:
         """Padding and packing as segment numbers, int32 [B, S]: padded keys are -1, which no query is.

@@ -29,6 +29,13 @@ class TaskClass(StrEnum):
     UNKNOWN = "unknown"
 
 
+TASKS = tuple(TaskClass)
+"""Every class; its place here is its number on the device."""
+
+Rows = tuple[TaskClass, ...]
+"""The class of each row of a batch."""
+
+
 class Align(StrEnum):
     """Where query row 0 stands among the keys when there are fewer queries than keys.
 
@@ -95,6 +102,9 @@ DENSE = Budget("dense")
 
 BY_LENGTH = "by_length"
 """Method name of a budget that the op picks from the real key length; its ``table`` is the op's text."""
+
+BY_ROW = "by_row"
+"""Method name of a budget that differs by row of the batch; its ``table`` is the op's text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +189,9 @@ class PlanEntry:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The decisions for one captured graph under one task class and one length bucket."""
+    """The decisions for one captured graph under one task class, or one class per row, and one length bucket."""
 
-    task: TaskClass
+    task: TaskClass | Rows
     bucket: LengthBucket | None
     """``None``: the length could not be guarded; the op picks the bucket from the real length."""
     entries: tuple[PlanEntry, ...]

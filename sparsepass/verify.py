@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -10,16 +12,23 @@ from sparsepass.errors import GraphInvariantError
 from sparsepass.ops import SPARSE_ATTENTION
 
 
-def verify(before: fx.Graph, after: fx.Graph, replaced: dict[str, fx.Node], expected: dict[str, torch.Tensor]) -> None:
+def verify(
+    before: fx.Graph,
+    after: fx.Graph,
+    replaced: dict[str, fx.Node],
+    expected: dict[str, torch.Tensor],
+    added: Sequence[str] = (),
+) -> None:
     """Raise ``GraphInvariantError`` unless inputs, writes and the replaced values' types are what they were.
 
-    ``expected``: the fake tensor that each replaced node yielded, by the site's name.
+    ``expected``: the fake tensor that each replaced node yielded, by the site's name. ``added``: names of the inputs
+    that come after the captured graph's own.
     """
     try:
         after.lint()
     except Exception as error:
         raise GraphInvariantError(f"the rewritten graph is not well formed: {error}") from error
-    _same("inputs", [n.name for n in before.nodes if n.op == "placeholder"], _names(after, "placeholder"))
+    _same("inputs", [*_names(before, "placeholder"), *added], _names(after, "placeholder"))
     _same("writes", [n.name for n in before.nodes if mutates(n)], [n.name for n in after.nodes if mutates(n)])
     for name, node in replaced.items():
         held, new = expected[name], value(node)

@@ -14,7 +14,7 @@ from sparsepass.errors import SparsepassError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from sparsepass.hints import Hint
+    from sparsepass.hints import Hint, Hints
 
 log = logging.getLogger("sparsepass")
 
@@ -29,8 +29,8 @@ class WarmupResult:
 
     length: int
     """Tokens."""
-    hint: Hint
-    """As given; ``None`` is a request without a hint."""
+    hint: Hint | tuple[Hint, ...]
+    """As given; ``None`` is a request without a hint, a tuple has one per row."""
     seconds: float
     """Wall time of the run, compilation included."""
     graphs: int
@@ -40,7 +40,7 @@ class WarmupResult:
 def warmup(
     model: Callable[..., object],
     lengths: Iterable[int],
-    hints: Iterable[Hint] | str | None = None,
+    hints: Iterable[Hints] | str | None = None,
     *,
     batch: int = 1,
     make_inputs: Callable[[int], Mapping[str, Any]] | None = None,
@@ -56,8 +56,11 @@ def warmup(
     Args:
         model: compiled with sparsepass: ``model.compile(backend="sparsepass")`` or the like.
         lengths: in tokens.
-        hints: task hints; ``None`` among them, or alone, is a request without a hint (the default).
+        hints: task hints; ``None`` among them, or alone, is a request without a hint (the default). A list or tuple
+            among them is a mixed batch, one hint per row; its graph serves other arrangements and mixes that need no
+            higher cap.
         batch: rows of the default inputs. Dynamo specializes on 1: warm up a batched service with its batch size.
+            For a list of hints the default inputs have as many rows as it has hints.
         make_inputs: keyword arguments of the model for a length. By default, for transformers models: random
             ``input_ids`` int64 [batch, length] on the model's device, ``use_cache=False``, ``logits_to_keep=1``.
         dynamic: mark the dimensions of the inputs that equal the length as varying, so that each graph serves its
@@ -80,15 +83,19 @@ def warmup(
     ordered = _lengths(lengths)
     wanted = _hints(hints)
     for hint in wanted:
-        task_hints.resolve_hint(hint)  # a misspelled one must not show only after minutes of compiling
-    make = make_inputs if make_inputs is not None else _default_inputs(model, batch)
+        task_hints.resolve_hints(hint)  # a misspelled one must not show only after minutes of compiling
+        if isinstance(hint, tuple) and make_inputs is None and batch not in (1, len(hint)):
+            raise WarmupError(f"A list of {len(hint)} task hints for batch={batch}; accepted is one hint per row.")
+    make = _default_inputs(model) if make_inputs is None else _only_length(make_inputs)
     results: list[WarmupResult] = []
     with _bar(progress) as bar, torch.no_grad():
         task_id = bar.add_task("warming up", total=len(ordered) * len(wanted))
         for hint in wanted:
             for length in ordered:
-                bar.update(task_id, description=f"{hint or 'no hint'}, {length} tokens")
-                inputs = make(length)
+                words = task_hints.hint_words(task_hints.resolve_hints(hint)) if hint else "no hint"
+                bar.update(task_id, description=f"{words}, {length} tokens")
+                rows = len(hint) if isinstance(hint, tuple) else batch
+                inputs = make(length, rows)
                 if dynamic:
                     _mark_lengths(inputs, length)
                 before, start = dynamo.compile_count(), time.perf_counter()
@@ -97,9 +104,7 @@ def warmup(
                     _synchronize()
                 seconds = time.perf_counter() - start
                 results.append(WarmupResult(length, hint, seconds, dynamo.compile_count() - before))
-                log.info(
-                    "warmup: %s, %d tokens: %.1f s, %d graphs", hint or "no hint", length, seconds, results[-1].graphs
-                )
+                log.info("warmup: %s, %d tokens: %.1f s, %d graphs", words, length, seconds, results[-1].graphs)
                 bar.advance(task_id)
     _check_compiled(results, dynamo.compile_count())
     return results
@@ -127,14 +132,18 @@ def _lengths(lengths: Iterable[int]) -> list[int]:
     return sorted(set(given), reverse=True)
 
 
-def _hints(hints: Iterable[Hint] | str | None) -> list[Hint]:
+def _hints(hints: Iterable[Hints] | str | None) -> list[Hint | tuple[Hint, ...]]:
     if hints is None or isinstance(hints, str):
         return [hints]
-    listed = list(dict.fromkeys(hints))
-    return listed or [None]
+    given = [tuple(hint) if isinstance(hint, list) else hint for hint in hints]
+    return list(dict.fromkeys(given)) or [None]  # type: ignore[arg-type]  # other sequences are refused when resolved
 
 
-def _default_inputs(model: Any, batch: int) -> Callable[[int], dict[str, Any]]:
+def _only_length(make_inputs: Callable[[int], Mapping[str, Any]]) -> Callable[[int, int], Mapping[str, Any]]:
+    return lambda length, rows: make_inputs(length)
+
+
+def _default_inputs(model: Any) -> Callable[[int, int], Mapping[str, Any]]:
     if not hasattr(model, "config") or not hasattr(model, "parameters"):
         raise WarmupError(
             f"{type(model).__name__} is no transformers model (it has no config), so warmup cannot make its inputs. "
@@ -144,7 +153,7 @@ def _default_inputs(model: Any, batch: int) -> Callable[[int], dict[str, Any]]:
 
     keeps_last = _accepts(model, "logits_to_keep")
 
-    def make(length: int) -> dict[str, Any]:
+    def make(length: int, batch: int) -> dict[str, Any]:
         inputs = random_inputs(model, length=length, batch=batch)
         # Logits of every position would take length x vocabulary, more than the attention at long lengths.
         return inputs | {"logits_to_keep": 1} if keeps_last else inputs

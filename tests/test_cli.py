@@ -170,7 +170,7 @@ def test_version_and_env() -> None:
     assert "triton" in runner.invoke(app, ["env"]).output
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["policy"], ["policy", "show"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["explain"], ["policy"], ["policy", "show"], ["env"], ["bench"], ["tune"]])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "120"})
     assert result.exit_code == 0

@@ -8,16 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsepass.crossover import CROSSOVER_ENV, Verdict, current_table, main, sparse_wins
+from sparsepass.crossover import Verdict, current_table, main, sparse_wins
 from sparsepass.crossover_table import MARGIN, Record, Table, fit, interpolate, parse
 from sparsepass.errors import OptionError
+from sparsepass.kernels.tuned import TUNING_ENV
 
 K = 1024
 
 
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(CROSSOVER_ENV, raising=False)
+    monkeypatch.setenv(TUNING_ENV, "off")
 
 
 def record(length: int, density: float, speedup: float, **fields: Any) -> Record:
@@ -141,7 +142,7 @@ TABLE = {
 def table_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(TABLE))
-    monkeypatch.setenv(CROSSOVER_ENV, str(path))
+    monkeypatch.setenv(TUNING_ENV, str(path))
     return path
 
 
@@ -204,8 +205,8 @@ def test_bad_override_is_an_error(table_file: Path, content: str, message: str) 
 
 
 def test_missing_override_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CROSSOVER_ENV, "/nowhere/none.json")
-    with pytest.raises(OptionError, match=r"SPARSEPASS_CROSSOVER names '/nowhere/none\.json'"):
+    monkeypatch.setenv(TUNING_ENV, "/nowhere/none.json")
+    with pytest.raises(OptionError, match=r"SPARSEPASS_TUNING names '/nowhere/none\.json'"):
         ask(8 * K, 0.1)
 
 
@@ -223,7 +224,7 @@ def test_build_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     written = json.loads(out.read_text())
     assert [source["command"] for source in written["sources"]] == ["bench", "bench"]
     assert set(written["fallback"]) == {"cpu", "cuda"}
-    monkeypatch.setenv(CROSSOVER_ENV, str(out))
+    monkeypatch.setenv(TUNING_ENV, str(out))
     assert ask(8 * K, 0.1).reason.startswith("Sparse: density 0.1 is within 0.1")
     row["sparse_ms"] = 0
     Path(files[0]).write_text(json.dumps({"records": [{**row, "length": 1, "dense_ms": 2.0}]}))

@@ -43,7 +43,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_named_exist(document: Path) -> None:
-    invented = {"your_form.py", "your_kernel.py", "your_script.py", "serve.py"}
+    invented = {"your_form.py", "your_kernel.py", "your_script.py", "serve.py", "NAME.py", "tuning.json"}
     text = text_of(document)
     for name in re.findall(r"`?\b((?:sparsepass|kernels|patterns|tests|examples|docs)/[\w/.]+\.\w+)", text):
         assert Path(name).name in invented or (ROOT / name).exists(), f"{document.name} names {name}"

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "decorator": ["--length", "300"],
     "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
+    "mixed_batch": ["--length", "1100", "--always-sparse"],
     "own_kernel_test": ["--length", "40", "--device", "cpu"],
     "own_policy": ["--length", "1100", "--always-sparse"],
     "quickstart": ["--length", "1100", "--always-sparse", "--new-tokens", "2"],
@@ -27,6 +28,7 @@ SMALL = {
 EXPECTED = {
     "decorator": ["function, by its own task:", "class:"],
     "demo": ["Dense Inductor against sparsepass", "1100", "Dense at 200 tokens, single_qa"],
+    "mixed_batch": ["1 graphs", "0 new graphs", "alone: True", "refused: 4 task hints for a batch of 3 rows"],
     "own_kernel_test": [
         "Right. my_kernel: passed",
         "not tried: padding and packing (no argument kv_segments)",

@@ -104,11 +104,30 @@ def test_block_masks_go_in_and_out() -> None:
     torch.testing.assert_close(sparse_attention(q, k, v, back, causal=True), dense(q, k, v, visible))
 
 
+def test_a_density_per_row() -> None:
+    q, k, v = qkv(batch=3, length=900)
+    rows = [0.4, 1.0, 0.15]
+    together = sparse_attention(q, k, v, density=rows, causal=True)
+    for row, density in enumerate(rows):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(
+            together[one], sparse_attention(q[one], k[one], v[one], density=density, causal=True)
+        )
+    for shares in (torch.tensor(rows), torch.tensor(rows)[:, None].expand(3, 4)):
+        torch.testing.assert_close(sparse_attention(q, k, v, density=shares, causal=True), together)
+    capped = sparse_attention(q, k, v, density=torch.tensor(rows), max_density=0.4, causal=True)
+    torch.testing.assert_close(capped[1:2], sparse_attention(q[1:2], k[1:2], v[1:2], density=0.4, causal=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({}, "either blocks"),
         ({"density": 0.0}, "above 0"),
+        ({"density": [0.5, 1.5]}, r"density\[1\] is 1.5.*above 0"),
+        ({"density": [0.5]}, "1 densities for a batch of 2 rows"),
+        ({"density": torch.ones(3)}, r"accepted is \[2\]"),
+        ({"density": 0.5, "max_density": 0.5}, "goes with a tensor"),
         ({"density": 0.5, "window": 0}, "1 or more"),
         ({"density": 0.5, "key_padding": torch.ones(2, 7)}, r"\[2, 300\]"),
         ({"density": 0.5, "cu_seqlens": torch.tensor([0, 300])}, "batch 1"),

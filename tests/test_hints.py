@@ -15,9 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.errors import HintError
-from sparsepass.hints import NODE_KEY, TaskHint, current_task, resolve_hint, task
+from sparsepass.hints import (
+    NODE_KEY,
+    TaskHint,
+    alike,
+    current_task,
+    hint_text,
+    hint_words,
+    parse_hint_text,
+    resolve_hint,
+    resolve_hints,
+    task,
+)
 from sparsepass.types import TaskClass
 
+InForce = TaskClass | tuple[TaskClass, ...]
 NAMES = [str(member) for member in TaskClass]
 
 
@@ -67,6 +79,37 @@ def test_bad_axes_are_refused(fields: dict[str, Any]) -> None:
         TaskHint(**fields)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_is_a_hint_per_row(kind: Any) -> None:
+    given = kind(["single_qa", TaskHint("high", "low"), TaskClass.DENSE, None])
+    expected = (TaskClass.SINGLE_QA, TaskClass.AGGREGATION, TaskClass.DENSE, TaskClass.UNKNOWN)
+    with task(given) as held, task(given[:1]):
+        assert held == expected
+        assert current_task() == (TaskClass.SINGLE_QA,)
+        with task("multi_qa"):
+            assert current_task() is TaskClass.MULTI_QA
+    assert current_task() is TaskClass.UNKNOWN
+    assert repr(task(given)) == "sparsepass.task(['single_qa', 'aggregation', 'dense', 'unknown'])"
+
+
+def test_bad_rows_are_named() -> None:
+    with pytest.raises(HintError, match=r"Row 1 of the task hints: Unknown task hint 'multi_hopp'.*'multi_hop'"):
+        task(["single_qa", "multi_hopp"])
+    with pytest.raises(HintError, match="empty"):
+        task([])
+    with pytest.raises(HintError, match=r"Row 0.*list"):
+        task([["single_qa"]])  # type: ignore[list-item]
+
+
+@given(st.one_of(st.sampled_from(TaskClass), st.lists(st.sampled_from(TaskClass), min_size=1).map(tuple)))
+def test_texts_of_resolved_hints_read_back(resolved: Any) -> None:
+    assert parse_hint_text(hint_text(resolved)) == resolved
+    assert resolve_hints(resolved) == resolved
+    if isinstance(resolved, tuple):
+        assert alike(resolved) == (resolved[0] if len(set(resolved)) == 1 else None)
+        assert all(str(member) in hint_words(resolved) for member in resolved)
+
+
 def test_nested_reentrant_and_exception_safe() -> None:
     outer, inner = task("multi_hop"), task("single_qa")
     with outer:
@@ -99,7 +142,7 @@ def test_any_nesting_restores(tree: Any) -> None:
 def test_one_scope_object_on_many_threads() -> None:
     scope, barrier = task("single_qa"), threading.Barrier(4)
 
-    def serve(index: int) -> list[TaskClass]:
+    def serve(index: int) -> list[InForce]:
         seen = [current_task()]
         with task(NAMES[index]):
             barrier.wait()
@@ -120,18 +163,18 @@ def test_asyncio_tasks_do_not_see_each_other() -> None:
     scope = task("aggregation")
 
     @task("multi_qa")
-    async def decorated() -> TaskClass:
+    async def decorated() -> InForce:
         await asyncio.sleep(0)
         return current_task()
 
-    async def block(name: str) -> TaskClass:
+    async def block(name: str) -> InForce:
         with task(name), scope:
             await asyncio.sleep(0)
         with task(name):
             await asyncio.sleep(0)
             return current_task()
 
-    async def main() -> list[TaskClass]:
+    async def main() -> list[InForce]:
         return list(await asyncio.gather(block("dense"), decorated(), block("single_qa"), block("multi_hop")))
 
     assert inspect.iscoroutinefunction(decorated)
@@ -140,7 +183,7 @@ def test_asyncio_tasks_do_not_see_each_other() -> None:
 
 def test_decorated_functions_keep_name_and_hint() -> None:
     @task("single_qa")
-    def forward(x: int, *, y: int = 1) -> tuple[int, TaskClass]:
+    def forward(x: int, *, y: int = 1) -> tuple[int, InForce]:
         """Doc."""
         return x + y, current_task()
 
@@ -152,7 +195,7 @@ def test_decorated_functions_keep_name_and_hint() -> None:
 
 def test_decorated_callable_object_with_async_call() -> None:
     class Served:
-        async def __call__(self) -> TaskClass:
+        async def __call__(self) -> InForce:
             await asyncio.sleep(0)
             return current_task()
 
@@ -160,7 +203,7 @@ def test_decorated_callable_object_with_async_call() -> None:
 
 
 def test_decorated_generator_hints_its_body_and_not_its_consumer() -> None:
-    closed: list[TaskClass] = []
+    closed: list[InForce] = []
 
     @task("single_qa")
     def stream() -> Generator[Any, Any, str]:
@@ -194,10 +237,10 @@ def test_decorated_generator_hints_its_body_and_not_its_consumer() -> None:
 
 
 def test_decorated_async_generator() -> None:
-    closed: list[TaskClass] = []
+    closed: list[InForce] = []
 
     @task("multi_qa")
-    async def stream() -> AsyncIterator[TaskClass]:
+    async def stream() -> AsyncIterator[InForce]:
         try:
             for _ in range(3):
                 await asyncio.sleep(0)
@@ -205,7 +248,7 @@ def test_decorated_async_generator() -> None:
         finally:
             closed.append(current_task())
 
-    async def main() -> list[TaskClass]:
+    async def main() -> list[InForce]:
         seen = []
         async for item in stream():
             seen += [item, current_task()]
@@ -254,6 +297,8 @@ def nested(x: torch.Tensor) -> torch.Tensor:
         x = torch.exp(decorated_sin(x))
         with task(None):
             x = torch.tanh(x)
+        with task(["single_qa", "multi_hop"]):
+            x = torch.sigmoid(x)
     return torch.neg(x)
 
 
@@ -273,6 +318,7 @@ def test_hints_inside_a_compiled_region_annotate_its_nodes() -> None:
         "sin": "multi_qa",
         "exp": "single_qa",
         "tanh": "unknown",
+        "sigmoid": "single_qa,multi_hop,",
         "neg": None,
     }
     assert hints_of(decorated_sin) == {"sin": "multi_qa"}

@@ -16,18 +16,22 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "types errors",
         # Facts about the outside world, and plain tools.
-        "kernels counters dynamo environment jsonable drawgraph crossover_table canon mask_ir",
-        "hints methods crossover match drawlayout mask_values mask_mutation models",
-        "patterns ops policy_rules draw mask_read",
+        "kernels counters dynamo environment jsonable drawgraph canon mask_ir rowinputs",
+        "hints methods crossover_table match drawlayout mask_values mask_mutation models",
+        "patterns ops crossover policy_rules draw mask_read mix",
         "policy functional mask_views mask_segments report",
         "mask_terms policy_file report_table testing",
         "mask cli_policy",
         "sites",
-        "plan",
-        "options rewrite verify",
+        "entries",
+        "ranges options verify",
+        "plan rewrite",
         "record",
         "pipeline",
         "decorator inspection warmup",
+        "bench",
+        "tune",
+        "cli_bench",
         "cli",
     )
 )
@@ -77,7 +81,10 @@ def module_of(path: Path) -> str:
 
 FILES = [
     path
-    for folder in ("sparsepass", "sparsepass/methods", "sparsepass/testing", "kernels", "patterns")
+    for folder in (
+        *("sparsepass", "sparsepass/bench", "sparsepass/methods", "sparsepass/testing", "sparsepass/tune"),
+        *("kernels", "patterns"),
+    )
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.name != "__init__.py"  # it re-exports the public names, from every layer
 ]

@@ -49,7 +49,7 @@ def test_the_reason_is_that_of_the_length_not_of_the_merged_range(
     records = [{**slower, "length": length} for length in (1024, 2048, 4096)]
     table = tmp_path / "crossover.json"
     table.write_text(json.dumps({"records": records}))
-    monkeypatch.setenv("SPARSEPASS_CROSSOVER", str(table))
+    monkeypatch.setenv("SPARSEPASS_TUNING", str(table))
     (graph,) = report(1200, sparsepass.Policy(default="prior")).graphs
     (site,) = graph.sites
     assert graph.bucket.startswith("(0, ")

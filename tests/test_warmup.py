@@ -15,7 +15,8 @@ from sparsepass.errors import HintError
 from sparsepass.types import TaskClass
 from sparsepass.warmup import WarmupError, WarmupResult, warmup
 
-Call = tuple[TaskClass, dict[str, Any], bool]
+InForce = TaskClass | tuple[TaskClass, ...]
+Call = tuple[InForce, dict[str, Any], bool]
 
 
 class Fake:
@@ -24,7 +25,7 @@ class Fake:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, compiles: bool = True, count: int = 0) -> None:
         self.calls: list[Call] = []
         self.count, self.compiles = count, compiles
-        self.seen: set[tuple[TaskClass, int]] = set()
+        self.seen: set[tuple[InForce, int]] = set()
         monkeypatch.setattr(dynamo, "compile_count", lambda: self.count)
 
     def __call__(self, **inputs: Any) -> None:
@@ -51,6 +52,18 @@ def test_every_hint_and_length_runs_once_longest_first(monkeypatch: pytest.Monke
     assert [task for task, _, _ in model.calls] == [TaskClass.SINGLE_QA] * 2 + [TaskClass.UNKNOWN] * 2
     assert not any(grad for _, _, grad in model.calls)
     assert all(isinstance(r, WarmupResult) and r.seconds >= 0 for r in results)
+
+
+def test_a_list_among_the_hints_is_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Fake(monkeypatch)
+    rows = ["single_qa", "multi_hop"]
+    results = warmup(model, [8], ["single_qa", rows, tuple(rows)], make_inputs=inputs_of)
+    assert [r.hint for r in results] == ["single_qa", ("single_qa", "multi_hop")]
+    assert model.calls[1][0] == (TaskClass.SINGLE_QA, TaskClass.MULTI_HOP)
+    with pytest.raises(HintError, match="Row 1"):
+        warmup(model, [8], [["single_qa", "multi_hopp"]], make_inputs=inputs_of)
+    with pytest.raises(WarmupError, match="2 task hints for batch=3"):
+        warmup(torch.nn.Linear(2, 2), [8], [rows], batch=3)
 
 
 def test_no_hint_means_none_even_inside_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,4 +151,6 @@ def test_default_inputs_of_a_compiled_model(
     results = warmup(compile_it(Tiny(), backend), [24, 40, 32], batch=2, dynamic=dynamic, progress=False)
     assert [r.length for r in results] == [40, 32, 24]
     assert [r.graphs for r in results] == graphs  # marked as varying, the first graph serves the other lengths too
+    torch._dynamo.reset()
+    warmup(compile_it(Tiny(), backend), [24], [["single_qa", "multi_hop"]], progress=False)  # as many rows as hints
     torch._dynamo.reset()

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from sparsepass.kernels.attend_triton import attend_launches
-from sparsepass.kernels.launch import run_all
+from sparsepass.kernels.launch import Launch, run_all
 
 CASES: tuple[dict[str, Any], ...] = (
     {"length": 131072, "density": 0.10},
@@ -78,8 +78,8 @@ def lists(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return count, indices
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor], which: str) -> Callable[[], Tensor]:
-    """One call of an implementation, its launches prepared."""
+def prepared(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor], which: str) -> tuple[list[Launch], Tensor]:
+    """The launches of one call of an implementation, and what they fill."""
     launches, out, _ = attend_launches(
         q,
         k,
@@ -97,12 +97,28 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor], which:
         counter=None,
         implementation=which,
     )
+    return launches, out
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor], which: str) -> Callable[[], Tensor]:
+    """One call of an implementation, its launches prepared."""
+    launches, out = prepared(q, k, v, given, which)
 
     def run() -> Tensor:
         run_all(launches, q.device)
         return out
 
     return run
+
+
+def kernel_stages(q: Tensor, k: Tensor, v: Tensor, given: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Milliseconds up to the end of each launch (they cannot run alone: the first sets up what the others use)."""
+    launches, _ = prepared(q, k, v, given, "hopper")
+    run_all(launches, q.device)
+    return {
+        launch.kernel.__name__: round(milliseconds(partial(run_all, launches[: number + 1], q.device), 3), 4)
+        for number, launch in enumerate(launches)
+    }
 
 
 def milliseconds(run: Callable[[], object], repeat: int) -> float:
@@ -150,7 +166,13 @@ def time_case(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name in random.sample(sorted(runs), len(runs)):
             times[name].append(runs[name]())  # type: ignore[arg-type]
-    record: dict[str, Any] = {**case, "blocks": int(given[0].sum()), "largest_difference": difference}
+    stages = kernel_stages(q, k, v, given)
+    record: dict[str, Any] = {
+        **case,
+        "stages_ms": stages,
+        "blocks": int(given[0].sum()),
+        "largest_difference": difference,
+    }
     for name, taken in times.items():
         record[name] = {
             "median_ms": round(statistics.median(taken), 4),
@@ -198,8 +220,8 @@ def main() -> None:
             continue
         record = time_case(case, options.rounds)
         records.append(record)
-        cells = [f"{n}: {r['median_ms']:.3f} ms {r['tflops']} TF/s" for n, r in record.items() if isinstance(r, dict)]
-        print(case, "; ".join(cells), flush=True)
+        cells = [f"{n}: {r['median_ms']:.3f} ms {r['tflops']} TF/s" for n, r in record.items() if "median_ms" in str(r)]
+        print(case, "; ".join(cells), record["stages_ms"], flush=True)
         torch.cuda.empty_cache()
     if options.out:
         head = {**environment(), "command": "python " + " ".join(sys.argv)}

@@ -3,8 +3,9 @@
     python docs/measurements/results.py           # rewrites the part of README.md between the markers
     python docs/measurements/results.py --check   # exit status 1 if that part is not what the files say
 
-One table per ``end_to_end*.json`` (of ``end_to_end.py``), ``attention_op*.json`` (of ``attention_op.py``) and
-``cpu_attention*.json`` (of ``cpu_attention.py``), under it the command that measured it.
+One table per ``end_to_end*.json`` (of ``end_to_end.py``), ``attention_op*.json`` (of ``attention_op.py``),
+``cpu_attention*.json`` (of ``cpu_attention.py``) and ``bench_*.json`` (of ``sparsepass bench kernel`` and ``op``),
+under it the command that measured it.
 """
 
 from __future__ import annotations
@@ -107,6 +108,59 @@ def attention(content: dict[str, Any], command: str) -> list[str]:
     return [*lines, "", *commands(content.get("command", command))]
 
 
+def kernel(content: dict[str, Any]) -> list[str]:
+    """A table of attention over given lists, of ``sparsepass bench kernel``: sparse variants against dense and flex."""
+    lines = [f"Attention over given block lists, {hardware(content['environment'])}:", ""]
+    lines += [
+        "| tokens | batch | heads | dtype, head size | lists | density | variant | time | TF/s | times faster than |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for record in content["records"]:
+        if "median_ms" not in record or not record.get("correct"):
+            continue
+        faster = ", ".join(
+            f"{name} {value:.2f}" for name, value in record.get("speedup", {}).items() if name != "dense"
+        )
+        cells = (
+            length_text(record["length"]),
+            record["batch"],
+            f"{record['heads']}/{record['kv_heads']}",
+            f"{record['dtype']}, {record['head_dim']}",
+            record.get("lists", ""),
+            f"{record['density_computed']:.3g}",
+            record["variant"],
+            f"{seconds(record['median_ms'] / 1e3)} ({record['min_ms']:.3g} to {record['max_ms']:.3g} ms)",
+            f"{record.get('tflops', 0):.0f}",
+            faster,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return [*lines, "", *commands(content["environment"]["command"])]
+
+
+def op(content: dict[str, Any]) -> list[str]:
+    """A table of selection and attention together, of ``sparsepass bench op``."""
+    lines = [f"Selection and attention, {hardware(content['environment'])}:", ""]
+    lines += ["| tokens | dtype, head size | method | density | error over dense | time | times faster than dense |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for record in content["records"]:
+        if record.get("does") != "op" or "median_ms" not in record or not record.get("correct"):
+            continue
+        cells = (
+            length_text(record["length"]),
+            f"{record['dtype']}, {record['head_dim']}",
+            f"`{record['method']}`",
+            f"{record['density_computed']:.3g}" if "density_computed" in record else "",
+            f"{record['error_over_dense']:.2g}",
+            seconds(record["median_ms"] / 1e3),
+            f"{record['speedup']['dense']:.2f}" if "dense" in record.get("speedup", {}) else "",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", *commands(content["environment"]["command"])]
+
+
+BENCH = {"kernel": kernel, "op": op}
+
+
 def tables(folder: Path = FOLDER) -> str:
     parts = []
     for path in sorted(folder.glob("end_to_end*.json")):
@@ -118,6 +172,10 @@ def tables(folder: Path = FOLDER) -> str:
         for path in sorted(folder.glob(pattern)):
             content = json.loads(path.read_text(encoding="utf-8"))
             parts += [*attention(content, command.format(path.name)), ""]
+    for path in sorted(folder.glob("bench_*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("what") in BENCH:
+            parts += [*BENCH[content["what"]](content), ""]
     return "\n".join(["", *parts])
 
 

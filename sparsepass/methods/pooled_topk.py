@@ -75,7 +75,7 @@ class PooledTopK(Method):
         if dial is not None:
             density = dial
         elif self.head_densities is not None:
-            density = per_head(self.head_densities, query.device)
+            density = per_head(self.head_densities, query.device, at_most=True)
         return select_pooled_topk(
             query,
             key,
@@ -90,7 +90,7 @@ class PooledTopK(Method):
 
     def prepare(self, device: torch.device) -> None:
         if self.head_densities is not None:
-            per_head(self.head_densities, device)
+            per_head(self.head_densities, device, at_most=True)
 
     def for_head(self, head: int) -> PooledTopK:
         if self.head_densities is None:

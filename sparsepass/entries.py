@@ -1,0 +1,163 @@
+"""What one site gets under one task class: a budget, or dense with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsepass.crossover import Verdict, sparse_wins
+from sparsepass.hints import current_hint
+from sparsepass.kernels.support import why_not
+from sparsepass.mask import MaskTerms
+from sparsepass.methods import decode_budget, encode_budget, make_method
+from sparsepass.methods.rows import is_row_text
+from sparsepass.policy import Policy
+from sparsepass.sites import FoundSite
+from sparsepass.types import (
+    BY_LENGTH,
+    BY_ROW,
+    DENSE,
+    TASKS,
+    Align,
+    AttentionSite,
+    Budget,
+    LengthBucket,
+    Phase,
+    PlanEntry,
+    Rows,
+    Skip,
+    TaskClass,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked of one compiled region."""
+
+    policy: Policy
+    task: TaskClass | Rows | None = None
+    """Class, or the class of each row, when no hint is in force; None is the hardest."""
+    always_sparse: bool = False
+    """Ignore the measured crossover: every site with a budget under dense goes through the sparse kernel."""
+
+    def wanted(self) -> TaskClass | Rows:
+        return current_hint() or self.task or TaskClass.UNKNOWN
+
+
+def refusal(found: FoundSite) -> Skip | None:
+    """Why this site cannot be rewritten whatever the budget, or None."""
+    site, attention = found.site, found.attention
+    if site.phase is Phase.DECODE:
+        return Skip("decode site: one query row, stays dense for now")
+    if attention.dropout_p != 0.0:
+        return Skip(f"attention dropout is {attention.dropout_p}; the sparse kernels have none (call model.eval())")
+    operands = (attention.query, attention.key, attention.value)
+    values = [operand.meta.get("example_value") for operand in operands]
+    tensors = [held for held in values if isinstance(held, torch.Tensor)]
+    if len(tensors) != len(values):
+        return Skip("the graph carries no shapes for query, key or value")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return Skip("gradients are needed here; run under torch.no_grad() or torch.inference_mode()")
+    if isinstance(found.terms, Skip):
+        return found.terms
+    if site.kv_heads == 0 or site.heads % site.kv_heads:
+        return Skip(f"{site.heads} query heads are no multiple of {site.kv_heads} key/value heads")
+    reason = why_not(torch.device(site.device), getattr(torch, site.dtype), site.head_dim, site.v_head_dim)
+    return Skip(reason) if reason else None
+
+
+def entry_for(found: FoundSite, task: TaskClass, bucket: LengthBucket | None, settings: Settings) -> PlanEntry:
+    if bucket is None:
+        return _entry_by_length(found, task, settings)
+    budget = settings.policy.site_budget(task, bucket, found.layer, found.site.heads)
+    if budget.dense:
+        reason = "the hint is dense" if task is TaskClass.DENSE else f"the policy is dense for {task} at {bucket}"
+        return dense_entry(found, reason)
+    if not settings.always_sparse:
+        verdict = verdict_for(found, budget, bucket)
+        if not verdict.wins:
+            return dense_entry(found, verdict.reason)
+    return PlanEntry(found.site, budget, rewritten=True)
+
+
+def policy_budgets(found: FoundSite, bucket: LengthBucket, settings: Settings) -> tuple[Budget, ...]:
+    """What the policy gives each class, in the order of ``TASKS``, whether it pays or not."""
+    return tuple(settings.policy.site_budget(task, bucket, found.layer, found.site.heads) for task in TASKS)
+
+
+def entry_of_text(found: FoundSite, text: str, reason: str) -> PlanEntry:
+    """The entry of a site whose budget is known as text; ``reason`` is for a dense one."""
+    if ";" in text:
+        return PlanEntry(found.site, Budget(BY_LENGTH, {"table": text}), rewritten=True)
+    if is_row_text(text):
+        return PlanEntry(found.site, Budget(BY_ROW, {"table": text}), rewritten=True)
+    budget = decode_budget(text)
+    return dense_entry(found, reason) if budget.dense else PlanEntry(found.site, budget, rewritten=True)
+
+
+def _entry_by_length(found: FoundSite, task: TaskClass, settings: Settings) -> PlanEntry:
+    """The length cannot be guarded (unbacked, or a range the user fixed): hand the op the whole table."""
+    rows = []
+    for bucket in settings.policy.buckets:
+        entry = entry_for(found, task, bucket, settings)
+        rows.append(("*" if bucket.high is None else str(bucket.high), encode_budget(entry.budget)))
+    if all(text == rows[0][1] == encode_budget(DENSE) for _, text in rows):
+        return dense_entry(found, f"the policy is dense for {task} at every length")
+    table = ";".join(f"{high}={text}" for high, text in rows)
+    return PlanEntry(found.site, Budget(BY_LENGTH, {"table": table}), rewritten=True)
+
+
+def verdict_for(found: FoundSite, budget: Budget, bucket: LengthBucket) -> Verdict:
+    site = found.site
+    device = torch.device(site.device)
+    length = equivalent_length(site, bucket)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return sparse_wins(
+        device_name=name,
+        device_type=device.type,
+        dtype=site.dtype,
+        head_dim=site.head_dim,
+        length=length,
+        density=make_method(budget).density_at(length),
+    )
+
+
+def limit_for(found: FoundSite, budget: Budget, bucket: LengthBucket, settings: Settings) -> float:
+    """The largest mean density at which a budget's method pays in a bucket; infinite where that is not asked."""
+    return float("inf") if settings.always_sparse else verdict_for(found, budget, bucket).max_density
+
+
+def equivalent_length(site: AttentionSite, bucket: LengthBucket) -> int:
+    """Length of the square problem with the same work; for a symbolic length the bucket's lower edge, to be safe."""
+    longest = site.kv_len if isinstance(site.kv_len, int) else bucket.low + 1
+    rows = site.q_len if isinstance(site.q_len, int) else longest
+    return int((min(rows, longest) * longest) ** 0.5)
+
+
+def dense_entry(found: FoundSite, reason: str) -> PlanEntry:
+    return PlanEntry(found.site, DENSE, reason=reason, rewritten=_dense_without_mask(found))
+
+
+def _dense_without_mask(found: FoundSite) -> bool:
+    """Whether the dense kernel can do without the mask: it is causal or full, which SDPA takes as a flag.
+
+    An SDPA site that has no mask already is left alone.
+    """
+    terms = found.terms
+    if not isinstance(terms, MaskTerms) or terms.padding or terms.segments is not None:
+        return False
+    if found.attention.spelling == "sdpa" and found.attention.mask is None:
+        return False
+    band = terms.band
+    return band.left < 0 and (band.right < 0 or (band.right == 0 and band.align is Align.TOP_LEFT))
+
+
+def budget_text(budget: Budget) -> str:
+    """The text that the graph op carries for a budget."""
+    return str(budget.params["table"]) if budget.method in (BY_LENGTH, BY_ROW) else encode_budget(budget)
+
+
+def by_row(budget: Budget) -> bool:
+    """Whether a budget differs by row of the batch, at some length at least."""
+    return budget.method in (BY_LENGTH, BY_ROW) and is_row_text(str(budget.params["table"]))
