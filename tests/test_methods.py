@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.errors import KernelInputError, PolicyError
-from sparsepass.kernels.dispatch import Visible
+from sparsepass.kernels.dispatch import Visible, block_sparse_attention
 from sparsepass.methods import (
     METHODS,
     AShape,
@@ -124,6 +124,23 @@ def test_a_dial_overrides_the_methods_own(shape: tuple[int, int]) -> None:
     for wrong in (dials.double(), dials[0], torch.ones(3, 4)):
         with pytest.raises(KernelInputError, match=r"accepted is a number, or float32 \[2 or 1, 4 or 1\]"):
             PooledTopK(0.9, 64).select(query, key, dial=wrong, **options)
+
+
+@pytest.mark.parametrize("method_type", [one for one in METHODS if one.dial is not None])
+@pytest.mark.parametrize("through_the_dial", [False, True])
+def test_every_visible_block_is_listed_at_the_dial_of_all(method_type: type[Method], through_the_dial: bool) -> None:
+    query, key = torch.randn(2, 4, 700, 16), torch.randn(2, 2, 700, 16)
+    own: Method = PooledTopK(0.1, 64) if method_type is PooledTopK else method_type(block=64)  # type: ignore[call-arg]
+    cap = method_type.cap([own, Dense()])
+    dial = torch.full((2, 1), method_type.dial_at_all) if through_the_dial else None
+    counter = torch.zeros(3, dtype=torch.int64)
+    lists = cap.select(query, key, scale=0.25, visible=Visible(right=0), counter=counter, dial=dial)
+    assert torch.equal(lists.kv_num_blocks.expand(2, 4, -1), torch.arange(1, 12).expand(2, 4, 11))
+    assert counter.tolist() == [0, 0, 2 * 4 * 66]
+    full = block_sparse_attention(query, key, key, lists, scale=0.25, visible=Visible(right=0))[0]
+    wide = key.repeat_interleave(2, 1)
+    want = torch.nn.functional.scaled_dot_product_attention(query, wide, wide, is_causal=True, scale=0.25)
+    torch.testing.assert_close(full, want, atol=1e-4, rtol=1e-4)
 
 
 def test_text_form() -> None:
