@@ -183,8 +183,8 @@ def _touched(
 ):
     """The greatest of the token diagonals that touch a diagonal of blocks: [B * H, shifts]. Grid: (shifts, B * H).
 
-    The block diagonal ``a`` (key block minus query block) is touched by the tokens' diagonals a*B - B + 1 .. a*B + B - 1.
-    It is infinite where the last ``near`` offsets touch it: those are always kept.
+    The block diagonal ``a`` (key block minus query block) is touched by the token diagonals from a*B - B + 1 to
+    a*B + B - 1. It is infinite where the last ``near`` offsets touch it: those are always kept.
     """
     index = tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64)
@@ -265,7 +265,7 @@ def _lists_from_diagonals(
         tl.store(target + rest, tl.zeros([CHUNK], tl.int32), mask=(rest >= done) & (rest < width))
     tl.store(counts_ptr + plane * rows + row, done)
     if COUNT:
-        tl.atomic_add(counter_ptr + 2, visible.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counter_ptr + 2, tl.cast(visible, tl.int64), sem="relaxed")
 
 
 def keep_best_cuda(
@@ -336,14 +336,15 @@ def keep_best_launches(
         "most": 0 if isinstance(most, Tensor) else most,
         "forced": forced,
         "heads": heads,
-        "CHUNK": min(2048, tile_side(size)),
+        "CHUNK": min(4096 if share is None else 2048, tile_side(size)),
         "HAS_MOST": isinstance(most, Tensor),
         "BY_MASS": share is not None,
         "HAS_FIRST": first is not None,
         "HAS_FLOOR": floor is not None,
         "LIST": width > 0,
     }
-    return [Launch(_keep_best, (batch * heads,), arguments, {"num_warps": 8})], found
+    warps = 16 if size > 1024 else 4
+    return [Launch(_keep_best, (batch * heads,), arguments, {"num_warps": warps})], found
 
 
 def touched_cuda(
@@ -399,16 +400,9 @@ def diagonal_lists_cuda(
     inputs = (flags, extra, q_segments, kv_segments, counter)
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
+        shape = (q_len, kv_len, left, right, offset)
         launches, counts, lists = diagonal_list_launches(
-            flags,
-            extra,
-            first_shift,
-            (q_len, kv_len, left, right, offset),
-            q_segments,
-            kv_segments,
-            block,
-            width,
-            counter,
+            flags, extra, first_shift, shape, q_segments, kv_segments, block, width, counter
         )
         return launches, (counts, lists)
 

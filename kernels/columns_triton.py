@@ -591,9 +591,7 @@ def column_launches(
         tuple(out.shape) == (batch, heads, q_len, v_head_dim)
         and out.dtype == q.dtype
         and out.transpose(1, 2).is_contiguous(),
-        lambda: (
-            f"out is {out.dtype} {tuple(out.shape)} of strides {out.stride()}; expected what the block kernel gave."
-        ),
+        lambda: f"out is {out.dtype} {tuple(out.shape)} of strides {out.stride()}; expected the block kernel's.",
     )
     host.require(
         tuple(lse.shape) == (batch, heads, q_len) and lse.dtype == torch.float32 and lse.is_contiguous(),

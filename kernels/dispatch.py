@@ -118,7 +118,7 @@ def block_sparse_attention(
         counter=counter,
         **chosen,
     )
-    if lists.columns is not None:
+    if lists.columns is not None and lse is not None:
         _add_columns(query, key, value, lists, lists.columns, out, lse, scale, visible, counter)
     return out, lse if return_lse else None
 
@@ -147,7 +147,7 @@ def _add_columns(
     lists: BlockLists,
     columns: Columns,
     out: torch.Tensor,
-    lse: torch.Tensor | None,
+    lse: torch.Tensor,
     scale: float,
     visible: Visible,
     counter: torch.Tensor | None,

@@ -316,9 +316,10 @@ def estimate_launches(
     windows = starts.shape[1]
     block_d = tile_side(head_dim)
     wide = q.dtype == torch.float32
-    look = 64 if wide or block_d > 128 else 128
-    # Summing diagonals takes registers: Hopper alone has enough for the wider tile.
-    block_n = look if capability_of(q.device)[0] == 9 else 64
+    major = capability_of(q.device)[0]
+    # Keys per step, first and second pass: as many as do not spill. Summing diagonals takes registers.
+    look = 32 if wide else 64 if block_d > 128 or major == 8 else 128
+    block_n = look if major == 9 else min(look, 64)
     look_tiles, key_tiles = ceil_div(kv_len, look), ceil_div(kv_len, block_n)
     queries = windows * WINDOW
     f32 = torch.float32
@@ -357,7 +358,7 @@ def estimate_launches(
         "WINDOW": WINDOW,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "DIM_STEP": min(block_d, 32) if wide else block_d,
+        "DIM_STEP": min(block_d, 16 if major == 8 else 32) if wide else block_d,
         "HAS_SEGMENTS": kv_segments is not None,
         "HAS_Q_SEGMENTS": q_segments is not None,
         "PRECISION": "tf32x3",

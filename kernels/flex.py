@@ -1,4 +1,4 @@
-"""FlexPrefill (arXiv 2502.20766): vertical-slash where a head's pattern is fixed, pooled blocks where it follows the query.
+"""FlexPrefill (arXiv 2502.20766): vertical-slash, and pooled blocks where a head's attention follows the query.
 
 A head is query-aware if block averages predict what the sampled queries attend to: the square root of the
 Jensen-Shannon divergence between the two distributions over blocks is under ``tau``. Torch only, for every device.

@@ -100,6 +100,16 @@ def column_attention_reference(
             seen = visible[item, head, row]
             if not seen.any():
                 continue
-            lse[item, head, row] = scores[row, seen].logsumexp(0)
-            out[item, head, row] = torch.softmax(scores[row, seen], 0) @ values[seen]
+            mine, given = scores[row, seen], values[seen]
+            top = mine.amax()
+            base = torch.where(top == -torch.inf, 0.0, top)
+            weights = (mine - base).exp()
+            total = weights.sum()
+            lse[item, head, row] = base + total.log()
+            # 0 * inf is NaN, but any non-finite value that is seen must show: those are added by sight.
+            weights = torch.where(total == 0, 0.0, weights / total)
+            result = weights @ torch.where(given.isfinite(), given, 0.0)
+            for sign in (torch.inf, -torch.inf):
+                result = result + torch.where(((given == sign) | given.isnan()).any(0), sign, 0.0)
+            out[item, head, row] = result
     return out.to(q.dtype), lse

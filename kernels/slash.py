@@ -122,10 +122,12 @@ def steps_of(device: torch.device) -> Steps:
     if device.type == "cuda":
         return triton_steps()
     from sparsepass.kernels import slash_cpu
+    from sparsepass.kernels.cpu_mask import Visibility
+    from sparsepass.kernels.cpu_select import allowed_blocks
 
     def allowed(problem: Problem, visible: Visible) -> Tensor:
         size = (problem.q_len, problem.kv_len, problem.block, problem.block)
-        return slash_cpu.allowed_blocks(slash_cpu.Visibility(*size, **visible.arguments()), problem.batch)
+        return allowed_blocks(Visibility(*size, **visible.arguments()), problem.batch)
 
     return Steps(
         slash_cpu.estimate_cpu, slash_cpu.keep_best_cpu, slash_cpu.touched_cpu, slash_cpu.diagonal_lists_cpu, allowed

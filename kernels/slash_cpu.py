@@ -1,4 +1,4 @@
-"""Vertical-slash selection on the CPU in torch operations: the same steps as ``estimate_triton`` and ``best_triton``."""
+"""Vertical-slash selection on the CPU in torch operations: the steps of ``estimate_triton`` and ``best_triton``."""
 
 from __future__ import annotations
 

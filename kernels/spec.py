@@ -104,20 +104,20 @@ def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> At
 HALF_COLUMN_TILES = {
     (8, 64): AttendTile(128, 64, 8, 2, 32, 1),
     (8, 128): AttendTile(128, 32, 8, 2, 16, 1),
-    (8, 256): AttendTile(64, 32, 8, 2, 16, 1),
+    (8, 256): AttendTile(32, 32, 8, 2, 16, 1),
     (9, 64): AttendTile(128, 128, 8, 3, 32, 1),
     (9, 128): AttendTile(128, 64, 8, 3, 32, 1),
-    (9, 256): AttendTile(128, 32, 8, 2, 16, 1),
-    (10, 64): AttendTile(128, 128, 8, 3, 32, 1),
+    (9, 256): AttendTile(64, 32, 8, 2, 16, 1),
+    (10, 64): AttendTile(128, 64, 8, 3, 32, 1),
     (10, 128): AttendTile(128, 64, 8, 3, 32, 1),
     (10, 256): AttendTile(64, 32, 8, 2, 16, 1),
 }
 """Tiles of the attention over gathered columns, fp16 and bf16: sized not to spill."""
 
 FLOAT_COLUMN_TILES = {
-    64: AttendTile(64, 32, 8, 2, 16, 1, dim_step=32),
+    64: AttendTile(32, 32, 8, 2, 16, 1, dim_step=32),
     128: AttendTile(32, 32, 8, 2, 16, 1, dim_step=32, precision="ieee"),
-    256: AttendTile(16, 32, 8, 1, 16, 1, dim_step=32),
+    256: AttendTile(16, 16, 8, 1, 16, 1, dim_step=16),
 }
 
 

@@ -48,9 +48,14 @@ def from_block_mask(block_mask: BlockMask) -> BlockLists:
 
 
 def to_block_mask(lists: BlockLists, q_len: int, kv_len: int, mask_mod: Any = None) -> BlockMask:
-    """The FlexAttention ``BlockMask`` of block lists, for ``flex_attention`` or for other kernels that take one."""
+    """The FlexAttention ``BlockMask`` of block lists, for ``flex_attention`` or for other kernels that take one.
+
+    Raises ``KernelInputError`` for lists with columns.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
+    if lists.columns is not None:
+        raise KernelInputError("These lists have columns, which a BlockMask cannot hold; it names whole blocks.")
     blocks = -(-kv_len // lists.kv_block)
     num, indices = lists_from_mask(_dense_rows(lists.kv_num_blocks, lists.kv_indices, blocks))
     return BlockMask.from_kv_blocks(

@@ -18,10 +18,12 @@ from sparsepass.methods import (
     METHODS,
     AShape,
     Dense,
+    FlexPrefill,
     Method,
     PooledTopK,
     Threshold,
     TopP,
+    VerticalSlash,
     XAttention,
     budget_from_json,
     budget_to_json,
@@ -36,6 +38,8 @@ from sparsepass.types import DENSE, Budget
 DENSITIES = st.floats(0, 1, exclude_min=True)
 BLOCK = st.sampled_from([None, 64, 128])
 FEW = st.integers(0, 9)
+MANY = st.none() | st.integers(1, 1 << 20)
+SLASHED = ("vertical_slash", "flex_prefill")
 COSINES = st.none() | st.floats(-1, 1)
 POOLED = st.one_of(
     st.builds(PooledTopK, DENSITIES, BLOCK, self_similarity=COSINES),
@@ -54,13 +58,18 @@ SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
         self_similarity=COSINES, expected_density=DENSITIES,
     ),
     XAttention: st.builds(XAttention, DENSITIES, st.sampled_from([4, 8, 16, 32]), BLOCK, DENSITIES),
+    VerticalSlash: st.builds(VerticalSlash, DENSITIES, MANY, MANY, st.sampled_from([64, 256]), BLOCK),
+    FlexPrefill: st.builds(
+        FlexPrefill, DENSITIES, st.floats(0, 1), st.integers(0, 4096), DENSITIES, block=BLOCK,
+        expected_density=DENSITIES,
+    ),
 }  # fmt: skip
 """A new method adds its own line: the matrix below then covers it."""
 
 
 def test_every_method_has_a_sample_and_a_name() -> None:
     assert set(SAMPLES) == set(METHODS)
-    assert method_names() == ("dense", "a_shape", "pooled_topk", "threshold", "top_p", "xattention")
+    assert method_names() == ("dense", "a_shape", "pooled_topk", "threshold", "top_p", "xattention", *SLASHED)
 
 
 @pytest.mark.parametrize("method_type", METHODS)

@@ -17,19 +17,23 @@ from sparsepass.methods.catalogue import (
     method_names,
 )
 from sparsepass.methods.dense import Dense
+from sparsepass.methods.flex_prefill import FlexPrefill
 from sparsepass.methods.pooled_topk import PooledTopK
 from sparsepass.methods.threshold import Threshold
 from sparsepass.methods.top_p import TopP
+from sparsepass.methods.vertical_slash import VerticalSlash
 from sparsepass.methods.xattention import XAttention
 
 __all__ = [
     "METHODS",
     "AShape",
     "Dense",
+    "FlexPrefill",
     "Method",
     "PooledTopK",
     "Threshold",
     "TopP",
+    "VerticalSlash",
     "XAttention",
     "budget_from_json",
     "budget_to_json",

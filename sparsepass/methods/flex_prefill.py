@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import Method, share
-from sparsepass.methods.vertical_slash import check_sampled, whole
+from sparsepass.methods.base import Method, block_size, share, whole
+from sparsepass.methods.vertical_slash import sampled
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,9 @@ class FlexPrefill(Method):
     ``gamma``: share of the estimated attention to cover, in (0, 1]. At 1 every block is listed.
     ``tau``: heads whose block averages predict their attention to a divergence under it add blocks by the averages;
     0: none does. ``min_budget``: tokens kept at least. ``most``: share of the visible area computed at most; it sizes
-    the buffers, and the plan counts with it. ``queries``: how many of the last queries are sampled, a multiple of 64.
-    ``block``: tokens per block, 64 or 128; ``None``: the device's default. Raises ``PolicyError``.
+    the buffers. ``queries``: how many of the last queries are sampled, a multiple of 64. ``block``: tokens per block,
+    64 or 128; ``None``: the device's default. ``expected_density``: what the plan counts with, since the share computed
+    follows the data. Raises ``PolicyError``.
     """
 
     name: ClassVar[str] = "flex_prefill"
@@ -34,6 +35,7 @@ class FlexPrefill(Method):
     most: float = 0.5
     queries: int = 128
     block: int | None = None
+    expected_density: float = 0.25
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gamma", share(self.name, "gamma", self.gamma))
@@ -42,13 +44,19 @@ class FlexPrefill(Method):
         if not number or not 0 <= self.tau <= 1:
             raise PolicyError(f"flex_prefill tau is {self.tau!r}; accepted is a number from 0 to 1.")
         object.__setattr__(self, "tau", float(self.tau))
-        whole(self.name, "min_budget", self.min_budget, 0, "a whole number of tokens from 0 up")
-        check_sampled(self.name, self.queries, self.block)
+        object.__setattr__(self, "min_budget", whole(self.name, "min_budget", self.min_budget, 0))
+        object.__setattr__(self, "queries", sampled(self.name, self.queries))
+        object.__setattr__(self, "block", block_size(self.name, self.block))
+        object.__setattr__(self, "expected_density", share(self.name, "expected_density", self.expected_density))
 
     @property
     def max_density(self) -> float:
         """At ``gamma`` 1 all, whatever ``most`` says."""
         return 1.0 if self.gamma >= 1 else self.most
+
+    @property
+    def mean_density(self) -> float:
+        return 1.0 if self.gamma >= 1 else min(self.expected_density, self.most)
 
     def select(
         self,

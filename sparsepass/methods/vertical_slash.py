@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import BLOCKS, Method, share
+from sparsepass.methods.base import Method, block_size, share, whole
 
 if TYPE_CHECKING:
     import torch
@@ -14,21 +14,12 @@ if TYPE_CHECKING:
     from sparsepass.kernels.dispatch import BlockLists, Visible
 
 
-def whole(method: str, parameter: str, value: Any, least: int, accepted: str) -> int:
-    """``value`` if it is an integer of at least ``least``. Raises ``PolicyError`` that says what is accepted."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PolicyError(f"{method} {parameter} is {value!r}; accepted is {accepted}.")
-    return value
-
-
-def check_sampled(method: str, queries: Any, block: Any) -> None:
-    """Raises ``PolicyError`` for a number of sampled queries, or a block size, that no kernel takes."""
-    accepted = "a multiple of 64 from 64 to 1024"
-    whole(method, "queries", queries, 64, accepted)
-    if queries % 64 or queries > 1024:
-        raise PolicyError(f"{method} queries is {queries!r}; accepted is {accepted}.")
-    if block is not None and (isinstance(block, bool) or block not in BLOCKS):
-        raise PolicyError(f"{method} block is {block!r}; accepted are 64, 128 or null (the default).")
+def sampled(method: str, value: Any) -> int:
+    """``value`` as a number of queries that can be sampled. Raises ``PolicyError``."""
+    number = whole(method, "queries", value, 64)
+    if number % 64 or number > 1024:
+        raise PolicyError(f"{method} queries is {value!r}; accepted is a multiple of 64 from 64 to 1024.")
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +46,9 @@ class VerticalSlash(Method):
         for parameter in ("columns", "slashes"):
             value = getattr(self, parameter)
             if value is not None:
-                whole(self.name, parameter, value, 1, "a whole number from 1 up, or null (no limit)")
-        check_sampled(self.name, self.queries, self.block)
+                object.__setattr__(self, parameter, whole(self.name, parameter, value, 1))
+        object.__setattr__(self, "queries", sampled(self.name, self.queries))
+        object.__setattr__(self, "block", block_size(self.name, self.block))
 
     @property
     def max_density(self) -> float:

@@ -26,14 +26,15 @@ HALF = ColumnCase(PLAIN, "some", (False, False, True))
 
 def attend(given: ColumnInputs, **options: Any) -> tuple[Tensor, Tensor]:
     whole = given.inputs
-    lists = (whole.kv_num_blocks, whole.kv_indices)
+    options = {**whole.mask, **options}
     with poisoned_empty():
         out, lse = block_sparse_attention_cuda(
-            whole.q, whole.k, whole.v, *lists, **whole.mask, return_lse=True, **options
+            whole.q, whole.k, whole.v, whole.kv_num_blocks, whole.kv_indices, return_lse=True, **options
         )
         assert lse is not None
+        lists = (whole.kv_num_blocks, whole.kv_indices)
         attend_columns_cuda(
-            whole.q, whole.k, whole.v, *lists, given.num, given.indices, out, lse, **whole.mask, **options
+            whole.q, whole.k, whole.v, lists[0], lists[1], given.num, given.indices, out, lse, **options
         )
     return out, lse
 
