@@ -94,7 +94,7 @@ def block_sparse_attention(
         raise KernelInputError(
             f"implementation is {implementation!r}; accepted on {query.device.type} are {', '.join(known)}."
         )
-    chosen = {} if implementation == "auto" else {"implementation": implementation}
+    chosen: dict[str, Any] = {} if implementation == "auto" else {"implementation": implementation}
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     if query.device.type == "cuda":
         from sparsepass.kernels.attend_triton import block_sparse_attention_cuda

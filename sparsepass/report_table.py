@@ -121,8 +121,8 @@ def fold_sites(sites: Iterable[SiteReport]) -> list[tuple[SiteReport, ...]]:
         shape = (site.q_len, site.kv_len, site.heads, site.kv_heads, site.head_dim, site.v_head_dim, site.dtype)
         what = (site.spelling, site.phase, site.device, site.mask)
         plan = (str(entry.budget), without_number(entry.reason), entry.rewritten, report.density_asked)
-        plan = (*plan, report.rows, report.kernel)
-        groups.setdefault((*shape, *what, *plan), []).append(report)
+        ran = (report.rows, report.kernel)
+        groups.setdefault((*shape, *what, *plan, *ran), []).append(report)
     return [tuple(group) for group in groups.values()]
 
 

@@ -139,7 +139,8 @@ def test_a_dial_overrides_the_methods_own(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("through_the_dial", [False, True])
 def test_every_visible_block_is_listed_at_the_dial_of_all(method_type: type[Method], through_the_dial: bool) -> None:
     query, key = torch.randn(2, 4, 700, 16), torch.randn(2, 2, 700, 16)
-    own: Method = PooledTopK(0.1, 64) if method_type is PooledTopK else method_type(block=64)  # type: ignore[call-arg]
+    needed = {"density": 0.1} if method_type in (PooledTopK, VerticalSlash) else {}
+    own: Method = method_type(**needed, block=64)  # type: ignore[call-arg]
     cap = method_type.cap([own, Dense()])
     dial = torch.full((2, 1), method_type.dial_at_all) if through_the_dial else None
     counter = torch.zeros(3, dtype=torch.int64)
