@@ -14,7 +14,7 @@ from sparsepass.drawgraph import DrawNode
 from sparsepass.errors import SparsepassError
 from sparsepass.jsonable import DecodeError, decode, encode
 from sparsepass.methods.rows import decode_rows
-from sparsepass.types import BY_ROW, Phase, PlanEntry, Skip
+from sparsepass.types import BY_ROW, EXACT, Phase, PlanEntry, Skip
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,7 +102,8 @@ class SiteReport:
             return Outcome.DECODE
         if not self.entry.rewritten:
             return Outcome.DENSE
-        return Outcome.DENSE_MASKED if self.entry.budget.dense else Outcome.SPARSE
+        exact = self.entry.budget.dense or self.entry.budget == EXACT
+        return Outcome.DENSE_MASKED if exact else Outcome.SPARSE
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sparsepass.methods import (
     AShape,
     Dense,
     FlexPrefill,
+    Full,
     Method,
     PooledTopK,
     Threshold,
@@ -47,6 +48,7 @@ POOLED = st.one_of(
 )
 SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
     Dense: st.just(Dense()),
+    Full: st.just(Full()),
     AShape: st.builds(AShape, st.integers(1, 1 << 30), st.integers(0, 1 << 20), BLOCK),
     PooledTopK: POOLED,
     Threshold: st.builds(
@@ -69,7 +71,7 @@ SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
 
 def test_every_method_has_a_sample_and_a_name() -> None:
     assert set(SAMPLES) == set(METHODS)
-    assert method_names() == ("dense", "a_shape", "pooled_topk", "threshold", "top_p", "xattention", *SLASHED)
+    assert method_names() == ("dense", "full", "a_shape", "pooled_topk", "threshold", "top_p", "xattention", *SLASHED)
 
 
 @pytest.mark.parametrize("method_type", METHODS)
@@ -269,3 +271,17 @@ def test_text_is_the_same_in_another_process() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == encode_budget(Budget("pooled_topk", {"density": 1 / 3, "block": 64}))
+
+
+def test_full_is_exact_and_skips_what_the_mask_hides() -> None:
+    query, key, value = torch.randn(2, 4, 700, 16), torch.randn(2, 2, 700, 16), torch.randn(2, 2, 700, 16)
+    visible = Visible(left=149, right=0)
+    lists = Full().select(query, key, scale=0.25, visible=visible, counter=None)
+    out, _ = block_sparse_attention(query, key, value, lists, scale=0.25, visible=visible)
+    at = torch.arange(700)
+    mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - 150)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(out, exact, atol=1e-5, rtol=1e-5)
+    assert int(lists.kv_num_blocks.max()) == 3
