@@ -14,8 +14,8 @@ from sparsepass.kernels.cpu_mask import PADDING, UNBOUNDED, Visibility
 from sparsepass.kernels.cpu_select import allowed_blocks, block_means, unlike_blocks
 from sparsepass.kernels.rules import Rule, check_rule, dial_tensor
 
-_SCORES = 1 << 22
-"""Scores held at once, by head: 16 MiB of float32."""
+_SCORES = 1 << 19
+"""Scores held at once, by head: 2 MiB of float32, which stay in the cache between the passes over them."""
 
 
 def _tokens(x: Tensor, segments: Tensor | None) -> Tensor:
@@ -25,11 +25,14 @@ def _tokens(x: Tensor, segments: Tensor | None) -> Tensor:
 
 
 def _log_mass(scores: Tensor, block: int) -> Tensor:
-    """log sum exp over blocks of rows: [rows, n] to [blocks, n]; rows behind the last are filled up with -inf."""
-    missing = -scores.shape[0] % block
+    """log sum exp over blocks of columns: [n, columns] to [blocks, n]; overwrites ``scores``."""
+    missing = -scores.shape[1] % block
     if missing:
-        scores = torch.nn.functional.pad(scores, (0, 0, 0, missing), value=-math.inf)
-    return scores.view(-1, block, scores.shape[1]).logsumexp(1)
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
+    scores = scores.reshape(scores.shape[0], -1, block)
+    top = scores.amax(-1, keepdim=True)
+    finite = torch.where(top == -math.inf, 0.0, top)
+    return (scores.sub_(finite).exp_().sum(-1).log_() + finite[..., 0]).mT
 
 
 def _high_block(mask: Visibility, last_row: int) -> int:
@@ -43,33 +46,33 @@ def _high_block(mask: Visibility, last_row: int) -> int:
 def _mass_scores(q: Tensor, k: Tensor, mask: Visibility, scale: float) -> Tensor:
     batch, heads, q_len, _ = q.shape
     group = heads // k.shape[1]
-    means = block_means(k, mask.kv_block, mask.kv_segments).to(q.dtype)
+    # Rounded as the inputs are, which is what the matrix units of other devices see.
+    means = block_means(k, mask.kv_block, mask.kv_segments).to(q.dtype).float() * scale
     scores = torch.full((batch, heads, mask.q_blocks, mask.kv_blocks), -math.inf)
-    last_key = ((torch.arange(mask.kv_blocks) + 1) * mask.kv_block).clamp(max=mask.kv_len) - 1
-    chunk = max(1, _SCORES // mask.kv_blocks // mask.q_block)
+    last_key = (((torch.arange(mask.kv_blocks) + 1) * mask.kv_block).clamp(max=mask.kv_len) - 1)[:, None]
+    chunk = max(1, min(8, _SCORES // mask.kv_blocks // mask.q_block))
     for item in range(batch):
         for begin in range(0, mask.q_blocks, chunk):
             rows = slice(begin * mask.q_block, min((begin + chunk) * mask.q_block, q_len))
             blocks = _high_block(mask, rows.stop - 1)
-            position = torch.arange(rows.start, rows.stop)[:, None] + mask.offset
-            hidden = torch.zeros(len(position), blocks, dtype=torch.bool)
+            if blocks == 0:
+                continue
+            position = torch.arange(rows.start, rows.stop) + mask.offset
+            hidden = torch.zeros(blocks, len(position), dtype=torch.bool)
             if mask.right != UNBOUNDED:
                 hidden |= last_key[:blocks] > position + mask.right
             if mask.left != UNBOUNDED:
                 hidden |= last_key[:blocks] < position - mask.left
-            if mask.segment_ranges is not None and mask.kv_segments is not None:
-                _, _, low, high = (part[item] for part in mask.segment_ranges)
-                if mask.kv_len % mask.kv_block:  # filled up with padding, which is not there
-                    tail = mask.kv_segments[item, (mask.kv_blocks - 1) * mask.kv_block :]
-                    low = torch.cat([low[:-1], tail.amin()[None]])
-                segment = torch.zeros(1, 1) if mask.q_segments is None else mask.q_segments[item, rows][:, None]
-                hidden |= (segment < low[:blocks]) | (segment > high[:blocks]) | (segment == PADDING)
-            some = bool(hidden.any())
+            if mask.kv_segments is not None:
+                low, high = _fold_ranges(mask.kv_segments[item : item + 1], mask.kv_block)
+                segment = torch.zeros(1, 1) if mask.q_segments is None else mask.q_segments[item, rows]
+                hidden |= (segment < low[0, :blocks, None]) | (segment > high[0, :blocks, None]) | (segment == PADDING)
+            some = hidden.any(1).nonzero().flatten()
+            # Under a causal mask only the last few blocks hide anything: the others are not passed over for it.
+            edge = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0, 0)
             for head in range(heads):
-                keys = means[item, head // group, :blocks].to(torch.float32)
-                found = q[item, head, rows].to(torch.float32) @ keys.mT * scale
-                if some:
-                    found.masked_fill_(hidden, -math.inf)
+                found = torch.mm(means[item, head // group, :blocks], q[item, head, rows].float().mT)
+                found[edge].masked_fill_(hidden[edge], -math.inf)
                 part = _log_mass(found, mask.q_block)
                 scores[item, head, begin : begin + len(part), :blocks] = part
     return scores
@@ -86,32 +89,39 @@ def _antidiagonal_scores(q: Tensor, k: Tensor, mask: Visibility, scale: float, s
     scores = torch.full((batch, heads, mask.q_blocks, mask.kv_blocks), -math.inf)
     per_block = mask.q_block // stride
     chunk = max(1, _SCORES // every // per_block) * per_block
-    kv_low, kv_high = _fold_ranges(mask.kv_segments, stride)
-    q_low, q_high = _fold_ranges(mask.q_segments if mask.kv_segments is not None else None, stride)
+    kv_ranges = None if mask.kv_segments is None else _fold_ranges(mask.kv_segments, stride)
+    q_ranges = None if mask.kv_segments is None or mask.q_segments is None else _fold_ranges(mask.q_segments, stride)
     for item in range(batch):
         q_segments = None if mask.kv_segments is None or mask.q_segments is None else mask.q_segments[item]
         kv_segments = None if mask.kv_segments is None else mask.kv_segments[item]
         folded: dict[int, Tensor] = {}
         for begin in range(0, folds.q_blocks, chunk):
             end = min(begin + chunk, folds.q_blocks)
-            seen = min(every, _high_block(folds, min(end * stride, q_len) - 1))
+            seen = _high_block(folds, min(end * stride, q_len) - 1)
+            if seen == 0:
+                continue
             hidden = ~folds.band_any(torch.arange(begin, end)[:, None], torch.arange(seen)[None, :])
-            if kv_low is not None and kv_high is not None:
-                low, high = kv_low[item, :seen], kv_high[item, :seen]
-                if q_low is None or q_high is None:
+            if kv_ranges is not None:
+                low, high = (x[item, :seen] for x in kv_ranges)
+                if q_ranges is None:
                     hidden |= (low > 0) | (high < 0)
                 else:
-                    first, last = q_low[item, begin:end, None], q_high[item, begin:end, None]
+                    first, last = (x[item, begin:end, None] for x in q_ranges)
                     hidden |= (first > high) | (low > last) | (last == PADDING)
                 hidden |= high == PADDING
+            blind = hidden.all(1, keepdim=True) if bool(hidden.all(1).any()) else None
             for head in range(heads):
                 if head // group not in folded:
-                    folded = {head // group: _folds(_tokens(k[item, head // group], kv_segments), stride)}
+                    keys = _folds(_tokens(k[item, head // group], kv_segments), stride).view(-1, stride, dim)
+                    # The keys' order is reversed in place of the queries': the sums are the same, the heads fewer.
+                    folded = {head // group: (keys.flip(1) * (scale / stride)).reshape(-1, stride * dim)}
                 rows = slice(begin * stride, min(end * stride, q_len))
                 tokens = _tokens(q[item, head, rows], None if q_segments is None else q_segments[rows])
-                queries = _folds(tokens, stride).view(-1, stride, dim).flip(1).reshape(-1, stride * dim)
-                found = (queries @ folded[head // group][:seen].mT * (scale / stride)).masked_fill_(hidden, -math.inf)
-                shares = torch.nn.functional.pad(found.softmax(-1).nan_to_num_(0.0), (0, -seen % of_block))
+                found = torch.mm(_folds(tokens, stride), folded[head // group][:seen].mT)
+                shares = found.masked_fill_(hidden, -math.inf).softmax(-1)
+                if blind is not None:
+                    shares.masked_fill_(blind, 0.0)
+                shares = torch.nn.functional.pad(shares, (0, -seen % of_block))
                 shares = shares.view(len(shares), -1, of_block).sum(-1)
                 missing = -len(shares) % per_block
                 if missing:
@@ -125,15 +135,13 @@ def _antidiagonal_scores(q: Tensor, k: Tensor, mask: Visibility, scale: float, s
 def _folds(tokens: Tensor, stride: int) -> Tensor:
     """[S, D] to [folds, stride * D], the end filled up with zeros."""
     tokens = torch.nn.functional.pad(tokens, (0, 0, 0, -tokens.shape[0] % stride))
-    return tokens.view(-1, stride * tokens.shape[1])
+    return tokens.reshape(-1, stride * tokens.shape[1])
 
 
-def _fold_ranges(segments: Tensor | None, stride: int) -> tuple[Tensor | None, Tensor | None]:
-    """Least and greatest segment [B, folds] of every fold; a short last one is filled up with its last token's."""
-    if segments is None:
-        return None, None
-    missing = -segments.shape[1] % stride
-    full = torch.cat([segments, segments[:, -1:].expand(-1, missing)], 1).view(segments.shape[0], -1, stride)
+def _fold_ranges(segments: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest segment [B, folds] of each ``size`` tokens; a short end is filled up by its last token."""
+    missing = -segments.shape[1] % size
+    full = torch.cat([segments, segments[:, -1:].expand(-1, missing)], 1).view(segments.shape[0], -1, size)
     return full.amin(-1), full.amax(-1)
 
 

@@ -78,6 +78,7 @@ def block_sparse_attention(
     visible: Visible,
     return_lse: bool = False,
     counter: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of query [B, H, Sq, D] over the listed blocks of key [B, Hkv, Skv, D] and value [B, Hkv, Skv, D].
 
@@ -85,9 +86,15 @@ def block_sparse_attention(
     and the log-sum-exp float32 [B, H, Sq] of the scaled scores (natural logarithm; None unless asked for). A row that
     sees nothing gives 0 and -inf. ``counter``: int64 [3] on the device; a launch and the listed blocks are added to
     its first two entries, with columns also the blocks that a row's columns would fill. With columns the result is
-    the softmax over the union of listed blocks and columns. No host synchronization. Raises ``KernelInputError``.
+    the softmax over the union of listed blocks and columns. No host synchronization. ``implementation``: one of
+    ``implementations(device)``; one asked for by name never falls back. Raises ``KernelInputError``.
     """
     check_inputs(query, key, value)
+    if implementation not in (known := implementations(query.device)):
+        raise KernelInputError(
+            f"implementation is {implementation!r}; accepted on {query.device.type} are {', '.join(known)}."
+        )
+    chosen: dict[str, Any] = {} if implementation == "auto" else {"implementation": implementation}
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     if query.device.type == "cuda":
         from sparsepass.kernels.attend_triton import block_sparse_attention_cuda
@@ -109,10 +116,28 @@ def block_sparse_attention(
         kv_block=lists.kv_block,
         return_lse=return_lse or lists.columns is not None,
         counter=counter,
+        **chosen,
     )
     if lists.columns is not None and lse is not None:
         _add_columns(query, key, value, lists, lists.columns, out, lse, scale, visible, counter)
     return out, lse if return_lse else None
+
+
+def implementations(device: torch.device) -> tuple[str, ...]:
+    """The implementations of the attention that a device can be asked for; ``auto`` is the fastest that fits."""
+    return ("auto", "hopper", "triton") if device.type == "cuda" else ("auto",)
+
+
+def kernel_name(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: BlockLists, *, scale: float) -> str:
+    """The kernel that ``block_sparse_attention`` takes by itself: hopper, triton, native (C++) or gathered (torch)."""
+    if query.device.type == "cuda":
+        from sparsepass.kernels import attend_hopper
+
+        reason = attend_hopper.why_not(query, key, value, scale=scale, q_block=lists.q_block, kv_block=lists.kv_block)
+        return "triton" if reason else "hopper"
+    from sparsepass.kernels import cpu_native
+
+    return "native" if cpu_native.available(query.dtype) else "gathered"
 
 
 def _add_columns(

@@ -145,8 +145,8 @@ def block_means(x: Tensor, block: int, segments: Tensor | None) -> Tensor:
     sums = torch.cat(parts, 2)
     if weight is not None:
         return sums / weight
-    sizes = torch.full((sums.shape[2],), float(block), device=x.device)
-    sizes[-1] = length - (sums.shape[2] - 1) * block
+    # Computed on the device: a CUDA graph takes no number from the host.
+    sizes = (length - block * torch.arange(sums.shape[2], device=x.device)).clamp(max=block)
     return sums / sizes[:, None]
 
 

@@ -71,9 +71,6 @@ def _average_blocks(
     out = out_ptr + (item * heads + head).to(tl.int64) * out_stride_h + block.to(tl.int64) * out_stride_r
     tl.store(out + dim.to(tl.int64) * out_stride_d, tl.sum(x, 0) / count.to(tl.float32), mask=dim < PADDED_DIM)
     if FIND_UNLIKE:
-        # A token so large that its square is infinite is scaled by its greatest entry first.
-        most = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
-        x = x / most[:, None]
         unit = x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-30)[:, None]
         middle = tl.sum(unit, 0) / count.to(tl.float32)
         alike = tl.sum(middle * middle, 0) >= least
@@ -196,7 +193,7 @@ def average_launch(
         "BLOCK": block,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded,
-        "BLOCK_D": tile_side(head_dim),
+        "BLOCK_D": tile_side(padded),
         "HAS_SEGMENTS": segments is not None,
         "FIND_UNLIKE": unlike is not None,
     }

@@ -61,8 +61,8 @@ def block_logits_reference(
     batch, heads, q_len, _ = q.shape
     kv_len, group = k.shape[2], heads // k.shape[1]
     if score == "pooled":
-        blocks = {"q_block": q_block, "kv_block": kv_block, "q_segments": q_segments, "kv_segments": kv_segments}
-        return block_scores_reference(q, k, scale=scale, **mask, **blocks)[0]
+        mask |= {"q_block": q_block, "kv_block": kv_block, "q_segments": q_segments, "kv_segments": kv_segments}
+        return block_scores_reference(q, k, scale=scale, **mask)[0]
     if kv_segments is None:
         kv_of, q_of = torch.zeros(batch, kv_len), torch.zeros(batch, q_len)
     else:

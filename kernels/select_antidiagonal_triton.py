@@ -63,6 +63,7 @@ def _fold_parts(
     TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DIM_STEP: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -76,7 +77,6 @@ def _fold_parts(
     head = plane % heads
     fold = (tl.num_programs(1) - 1 - tl.program_id(1)) * TILE_Q + tl.arange(0, TILE_Q)
     kv_fold = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
-    dim = tl.arange(0, BLOCK_D)
 
     first = fold * STRIDE + offset
     last = tl.minimum((fold + 1) * STRIDE, q_len) - 1 + offset
@@ -102,17 +102,19 @@ def _fold_parts(
                 q_segments = q_segments_ptr + item.to(tl.int64) * q_segments_stride_b
                 segment = tl.load(q_segments + token.to(tl.int64) * q_segments_stride_s, mask=q_there, other=-1)
                 q_there = segment != -1
-        q = tl.load(
-            q_base + token.to(tl.int64)[:, None] * q_stride_s + dim.to(tl.int64)[None, :] * q_stride_d,
-            mask=q_there[:, None] & (dim < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        k = tl.load(
-            k_base + key.to(tl.int64)[:, None] * k_stride_s + dim.to(tl.int64)[None, :] * k_stride_d,
-            mask=k_there[:, None] & (dim < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        score = tl.dot(q, tl.trans(k), score, input_precision=PRECISION)
+        for begin in tl.static_range(0, BLOCK_D, DIM_STEP):
+            dim = begin + tl.arange(0, DIM_STEP)
+            q = tl.load(
+                q_base + token.to(tl.int64)[:, None] * q_stride_s + dim.to(tl.int64)[None, :] * q_stride_d,
+                mask=q_there[:, None] & (dim < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            k = tl.load(
+                k_base + key.to(tl.int64)[:, None] * k_stride_s + dim.to(tl.int64)[None, :] * k_stride_d,
+                mask=k_there[:, None] & (dim < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            score = tl.dot(q, tl.trans(k), score, input_precision=PRECISION)
     if HAS_SEGMENTS:
         kv_low = tl.load(kv_ranges_ptr + item * kv_folds + kv_fold, mask=kv_fold < kv_folds, other=0)
         kv_high = tl.load(kv_ranges_ptr + kv_planes + item * kv_folds + kv_fold, mask=kv_fold < kv_folds, other=-1)
@@ -234,6 +236,7 @@ def antidiagonal_launches(
         "TILE_K": tile_k,
         "HEAD_DIM": head_dim,
         "BLOCK_D": tile_side(head_dim),
+        "DIM_STEP": tile_side(head_dim) if half else min(32, tile_side(head_dim)),
         "HAS_SEGMENTS": segmented,
         "HAS_Q_SEGMENTS": q_given,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",

@@ -23,16 +23,33 @@ from sparsepass.kernels.visible_triton import program_place
 
 @triton.jit
 def _store_scores(
-    q, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len, kv_len, left, right, offset,
-    blocks, kv_planes,
-    KV_BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len,
+    kv_len, left, right, offset, blocks, kv_planes,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM_STEP: tl.constexpr, MASKED: tl.constexpr, HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one query block against TILE key blocks; ``scores_ptr`` is the row's, ``k_ptr`` the KV head's."""
+    """Scores of one query block against TILE key blocks; ``scores_ptr`` is the row's, ``k_ptr`` the KV head's.
+
+    ``q`` holds the first DIM_STEP dimensions; where those are not all, the others are loaded here.
+    """
     column = tile * TILE + tl.arange(0, TILE)
-    at = k_ptr + column[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    k = tl.load(at, mask=(column < blocks)[:, None], other=0.0) if MASKED else tl.load(at)
-    score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * log2_scale
+    at = k_ptr + column[:, None] * BLOCK_D
+    if DIM_STEP == BLOCK_D:
+        dim = tl.arange(0, BLOCK_D)[None, :]
+        k = tl.load(at + dim, mask=(column < blocks)[:, None], other=0.0) if MASKED else tl.load(at + dim)
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    else:
+        score = tl.zeros([TILE, Q_BLOCK], tl.float32)
+        for begin in range(0, BLOCK_D, DIM_STEP):
+            dim = begin + tl.arange(0, DIM_STEP)
+            part = tl.load(
+                q_base + token.to(tl.int64)[:, None] * q_stride_s + dim.to(tl.int64)[None, :] * q_stride_d,
+                mask=(token < q_len)[:, None] & (dim < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            k = tl.load(at + dim[None, :], mask=(column < blocks)[:, None], other=0.0)
+            score = tl.dot(k, tl.trans(part), score, input_precision=PRECISION)
+    score = score * log2_scale
     if MASKED:
         # A query counts where none of the block's keys lies ahead of what it sees, and at least one is within.
         last_key = tl.minimum(column * KV_BLOCK + KV_BLOCK, kv_len) - 1
@@ -81,6 +98,7 @@ def _mass_scores(
     TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DIM_STEP: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,7 +110,7 @@ def _mass_scores(
     """
     item, kv_head, head, row = program_place(tl.program_id(0), rows, kv_heads, group)
     token = row * Q_BLOCK + tl.arange(0, Q_BLOCK)
-    dim = tl.arange(0, BLOCK_D)
+    dim = tl.arange(0, DIM_STEP)
     inside = token < q_len
     q_base = q_ptr + item.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     q = tl.load(
@@ -126,32 +144,39 @@ def _mass_scores(
     whole_end = tl.maximum(whole_end, whole_begin)
     for tile in range(whole_begin, whole_end):
         _store_scores(
-            q, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len, kv_len, left, right,
-            offset, blocks, kv_planes, KV_BLOCK, TILE, BLOCK_D, False, HAS_SEGMENTS, PRECISION,
+            q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale,
+            q_len, kv_len, left, right, offset, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D, DIM_STEP,
+            False, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
     for edge in range(begin, end - (whole_end - whole_begin)):
         tile = tl.where(edge < whole_begin, edge, edge + (whole_end - whole_begin))
         _store_scores(
-            q, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len, kv_len, left, right,
-            offset, blocks, kv_planes, KV_BLOCK, TILE, BLOCK_D, True, HAS_SEGMENTS, PRECISION,
+            q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale,
+            q_len, kv_len, left, right, offset, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D, DIM_STEP,
+            True, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
 
 
 class MassTile(NamedTuple):
-    """Key blocks per step, warps, and stages of the load pipeline. Two programs of the sm_90 tiles fit on one SM."""
+    """Key blocks per step, warps, and stages of the load pipeline.
+
+    Two programs of a sm_90 tile fit on one SM: one takes exponentials while the other multiplies.
+    """
 
     tile: int
     num_warps: int
     num_stages: int
+    registers: int = 0
+    """Most registers a thread may use, so that more programs fit on an SM; 0: the compiler's choice."""
 
 
-def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> MassTile:
+def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], segments: bool) -> MassTile:
     """The tile for a dtype and padded head size on a CUDA target. Sized not to spill; not yet timed against others."""
     if dtype == torch.float32:
         return MassTile(32, 8, 1)
     if head_dim > 128:
         return MassTile(64, 8, 1 if capability[0] == 8 else 2)
-    return MassTile(64, 8, 2) if capability[0] == 8 else MassTile(128, 8, 2)
+    return MassTile(64, 4, 2) if capability[0] == 9 and not segments else MassTile(64, 8, 2)
 
 
 def mass_launch(
@@ -174,7 +199,7 @@ def mass_launch(
     rows = ceil_div(band["q_len"], q_block)
     scores = q.new_empty(batch, heads, rows, blocks, dtype=torch.float32)
     if tile is None:
-        tile = mass_tile(q.dtype, tile_side(head_dim), capability_of(q.device))
+        tile = mass_tile(q.dtype, tile_side(head_dim), capability_of(q.device), kv_ranges is not None)
     has_q_segments = kv_ranges is not None and q_segments is not None
     arguments: dict[str, Any] = {
         "q_ptr": q,
@@ -197,9 +222,12 @@ def mass_launch(
         "TILE": tile.tile,
         "HEAD_DIM": head_dim,
         "BLOCK_D": k_means.shape[3],
+        "DIM_STEP": k_means.shape[3] if q.dtype != torch.float32 else min(32, k_means.shape[3]),
         "HAS_SEGMENTS": kv_ranges is not None,
         "HAS_Q_SEGMENTS": has_q_segments,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.registers:
+        options["maxnreg"] = tile.registers
     return Launch(_mass_scores, (batch * heads * rows,), arguments, options), scores

@@ -43,6 +43,9 @@ _lock = threading.Lock()
 _tables: dict[torch.device, torch.Tensor] = {}
 _slots: dict[str, int] = {}
 
+kernels: dict[int, str] = {}
+"""The kernel that first ran for a slot, by the names of ``kernels.dispatch.kernel_name``."""
+
 
 def reserve(content: str, sites: int) -> int:
     """First of ``sites`` consecutive slots for a graph. The same content gets the same slots, so that compiling it

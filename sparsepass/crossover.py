@@ -71,6 +71,26 @@ def sparse_wins(
     return _verdict(current_table(), device_name, device_type, plain_dtype(dtype), head_dim, length, density)
 
 
+MASKED_FROM = 4096
+"""Tokens from which exact attention by the block-sparse kernel beat SDPA given a mask tensor, on the H200 in bf16:
+2.2 times under padding and 3.1 under a window, 5.4 and 8.7 times at 16384 (``docs/measurements/masked_dense.py``)."""
+
+
+def full_wins(*, device_name: str, device_type: str, dtype: str, head_dim: int, length: int, flagged: bool) -> bool:
+    """Whether exact attention is faster by the block-sparse kernel, over every visible block, than by SDPA.
+
+    ``flagged``: SDPA can be told of the mask by a flag. Where it needs a mask tensor the fast dense kernels are out of
+    reach. Arguments otherwise and errors as for ``sparse_wins``; False where nothing was measured.
+    """
+    if sparse_wins(
+        device_name=device_name, device_type=device_type, dtype=dtype, head_dim=head_dim, length=length, density=1.0
+    ):
+        return True
+    half = plain_dtype(dtype) in SAME_RATE
+    measured = any(curve.device == device_name for curve in current_table().curves)
+    return not flagged and device_type == "cuda" and half and measured and length >= MASKED_FROM
+
+
 @functools.lru_cache(maxsize=4096)
 def _verdict(
     table: Table, device_name: str, device_type: str, dtype: str, head_dim: int, length: int, density: float

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsepass.crossover import Verdict, sparse_wins
+from sparsepass.crossover import Verdict, full_wins, sparse_wins
 from sparsepass.hints import current_hint
 from sparsepass.kernels.support import why_not
 from sparsepass.mask import MaskTerms
@@ -18,6 +18,7 @@ from sparsepass.types import (
     BY_LENGTH,
     BY_ROW,
     DENSE,
+    EXACT,
     TASKS,
     Align,
     AttentionSite,
@@ -73,11 +74,11 @@ def entry_for(found: FoundSite, task: TaskClass, bucket: LengthBucket | None, se
     budget = settings.policy.site_budget(task, bucket, found.layer, found.site.heads)
     if budget.dense:
         reason = "the hint is dense" if task is TaskClass.DENSE else f"the policy is dense for {task} at {bucket}"
-        return dense_entry(found, reason)
+        return exact_entry(found, reason, bucket)
     if not settings.always_sparse:
         verdict = verdict_for(found, budget, bucket)
         if not verdict.wins:
-            return dense_entry(found, verdict.reason)
+            return exact_entry(found, verdict.reason, bucket)
     return PlanEntry(found.site, budget, rewritten=True)
 
 
@@ -135,6 +136,22 @@ def equivalent_length(site: AttentionSite, bucket: LengthBucket) -> int:
     return int((min(rows, longest) * longest) ** 0.5)
 
 
+def exact_entry(found: FoundSite, reason: str, bucket: LengthBucket) -> PlanEntry:
+    """Everything visible: by the block-sparse kernel where that was measured to be faster, else by the dense one."""
+    site = found.site
+    device = torch.device(site.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    faster = full_wins(
+        device_name=name,
+        device_type=device.type,
+        dtype=site.dtype,
+        head_dim=site.head_dim,
+        length=equivalent_length(site, bucket),
+        flagged=_has_flag(found),
+    )
+    return PlanEntry(site, EXACT, reason=reason, rewritten=True) if faster else dense_entry(found, reason)
+
+
 def dense_entry(found: FoundSite, reason: str) -> PlanEntry:
     return PlanEntry(found.site, DENSE, reason=reason, rewritten=_dense_without_mask(found))
 
@@ -144,10 +161,15 @@ def _dense_without_mask(found: FoundSite) -> bool:
 
     An SDPA site that has no mask already is left alone.
     """
+    if found.attention.spelling == "sdpa" and found.attention.mask is None:
+        return False
+    return _has_flag(found)
+
+
+def _has_flag(found: FoundSite) -> bool:
+    """Whether SDPA can be told of the site's mask by a flag, without a tensor."""
     terms = found.terms
     if not isinstance(terms, MaskTerms) or terms.padding or terms.segments is not None:
-        return False
-    if found.attention.spelling == "sdpa" and found.attention.mask is None:
         return False
     band = terms.band
     return band.left < 0 and (band.right < 0 or (band.right == 0 and band.align is Align.TOP_LEFT))

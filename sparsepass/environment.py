@@ -57,7 +57,11 @@ def environment() -> dict[str, dict[str, str]]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"sparsepass": package_version(), "python": platform.python_version(), "platform": platform.platform()}
+    found = {
+        "sparsepass": package_version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

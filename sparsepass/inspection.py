@@ -97,10 +97,11 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
     """Report on one compiled graph; counts are those added since ``before``."""
     after = graph.counts()
     plan = graph.plan.current
-    sites = tuple(
-        _site_report(entry, after[entry.site.index] - before.get(entry.site.index, Counts()), _rows(graph, entry))
-        for entry in plan.entries
-    )
+    sites = []
+    for entry in plan.entries:
+        number = entry.site.index
+        ran = after[number] - before.get(number, Counts())
+        sites.append(_site_report(entry, ran, _rows(graph, entry), graph.kernel(number) if ran.launches else None))
     notes = []
     if graph.plan.registry_key is None and sites:
         why = "every task class gets the same plan" if graph.findings.prefill else "decode sites stay dense"
@@ -113,7 +114,7 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
         bucket=_bucket_text(plan),
         plan_key=plan.key,
         guards=graph.guards,
-        sites=sites,
+        sites=tuple(sites),
         refused=graph.findings.refused,
         decode_sites=sum(1 for found in graph.findings.sites if found.site.phase is Phase.DECODE),
         runs=graph.runs - runs_before,
@@ -153,7 +154,9 @@ def _rows(graph: CompiledGraph, entry: PlanEntry) -> tuple[RowReport, ...]:
     )
 
 
-def _site_report(entry: PlanEntry, ran: Counts, rows: tuple[RowReport, ...] = ()) -> SiteReport:
+def _site_report(
+    entry: PlanEntry, ran: Counts, rows: tuple[RowReport, ...] = (), kernel: str | None = None
+) -> SiteReport:
     asked = sum(row.density for row in rows) / len(rows) if rows else None
     if not entry.budget.dense and entry.budget.method not in (BY_LENGTH, BY_ROW):
         asked = make_method(entry.budget).mean_density
@@ -164,6 +167,7 @@ def _site_report(entry: PlanEntry, ran: Counts, rows: tuple[RowReport, ...] = ()
         blocks_computed=ran.computed,
         blocks_visible=ran.visible,
         rows=rows,
+        kernel=kernel,
     )
 
 

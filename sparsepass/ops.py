@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from sparsepass import counters
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import Visible, block_sparse_attention
-from sparsepass.methods import Method, decode_budget, make_method
+from sparsepass.kernels.dispatch import Visible, block_sparse_attention, kernel_name
+from sparsepass.methods import Dense, Method, decode_budget, make_method
 from sparsepass.methods.rows import decode_rows, dial_table, is_row_text
 from sparsepass.types import UNBOUNDED
 
@@ -68,6 +68,8 @@ def _attention(
         dial = None if table is None else table.index_select(0, rows)
     lists = method.select(query, key, scale=scale, visible=visible, counter=counter, dial=dial)
     out, _ = block_sparse_attention(query, key, value, lists, scale=scale, visible=visible, counter=counter)
+    if slot not in counters.kernels:
+        counters.kernels[slot] = kernel_name(query, key, value, lists, scale=scale)
     return out
 
 
@@ -95,7 +97,7 @@ def text_for(text: str, kv_len: int) -> str:
 def method_of(text: str) -> Method | None:
     """The method that a budget text of one length stands for, of a mixed batch the cap; None for dense."""
     method = make_method(decode_rows(text).cap if is_row_text(text) else decode_budget(text))
-    return None if method.computes_all else method
+    return None if isinstance(method, Dense) else method
 
 
 def _dense(

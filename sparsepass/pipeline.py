@@ -148,6 +148,10 @@ class CompiledGraph:
             for found in self.findings.sites
         }
 
+    def kernel(self, site: int) -> str | None:
+        """The sparse kernel that ran for a site, if one has."""
+        return counters.kernels.get(self.slot + site)
+
     def summary(self) -> str:
         current = self.plan.current
         sparse = sum(1 for entry in current.entries if not entry.budget.dense)

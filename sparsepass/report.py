@@ -14,7 +14,7 @@ from sparsepass.drawgraph import DrawNode
 from sparsepass.errors import SparsepassError
 from sparsepass.jsonable import DecodeError, decode, encode
 from sparsepass.methods.rows import decode_rows
-from sparsepass.types import BY_ROW, Phase, PlanEntry, Skip
+from sparsepass.types import BY_ROW, EXACT, Phase, PlanEntry, Skip
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,6 +85,8 @@ class SiteReport:
     near_misses: tuple[Skip, ...] = ()
     rows: tuple[RowReport, ...] = ()
     """The rows of the last call, where budgets differ by row."""
+    kernel: str | None = None
+    """The kernel that ran: hopper, triton, native (C++) or gathered (torch); ``None`` if no sparse one did."""
 
     @property
     def plan_words(self) -> str:
@@ -100,7 +102,8 @@ class SiteReport:
             return Outcome.DECODE
         if not self.entry.rewritten:
             return Outcome.DENSE
-        return Outcome.DENSE_MASKED if self.entry.budget.dense else Outcome.SPARSE
+        exact = self.entry.budget.dense or self.entry.budget == EXACT
+        return Outcome.DENSE_MASKED if exact else Outcome.SPARSE
 
 
 @dataclass(frozen=True)

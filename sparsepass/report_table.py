@@ -99,6 +99,8 @@ def _sites(groups: Sequence[tuple[SiteReport, ...]], *, ascii_only: bool) -> Tab
         plan = Text(SHORT[first.outcome], style=STYLES[first.outcome])
         if first.outcome is Outcome.SPARSE:
             plan.append(f"\n{first.plan_words}")
+        if first.kernel is not None:
+            plan.append(f"\n{first.kernel} kernel")
         table.add_row(
             index_ranges([s.entry.site.index for s in group]) + (f"\nx{len(group)}" if len(group) > 1 else ""),
             f"{site.spelling}, {site.phase}\n{site.q_len} x {site.kv_len}\n{_heads(site)}",
@@ -118,8 +120,9 @@ def fold_sites(sites: Iterable[SiteReport]) -> list[tuple[SiteReport, ...]]:
         site, entry = report.entry.site, report.entry
         shape = (site.q_len, site.kv_len, site.heads, site.kv_heads, site.head_dim, site.v_head_dim, site.dtype)
         what = (site.spelling, site.phase, site.device, site.mask)
-        plan = (str(entry.budget), without_number(entry.reason), entry.rewritten, report.density_asked, report.rows)
-        groups.setdefault((*shape, *what, *plan), []).append(report)
+        plan = (str(entry.budget), without_number(entry.reason), entry.rewritten, report.density_asked)
+        ran = (report.rows, report.kernel)
+        groups.setdefault((*shape, *what, *plan, *ran), []).append(report)
     return [tuple(group) for group in groups.values()]
 
 

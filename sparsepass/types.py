@@ -98,6 +98,9 @@ class Budget:
         return hash(str(self))
 
 
+EXACT = Budget("full")
+"""Every visible block, by the block-sparse kernel: exact too."""
+
 DENSE = Budget("dense")
 
 BY_LENGTH = "by_length"

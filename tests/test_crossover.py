@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsepass.crossover import Verdict, current_table, main, sparse_wins
+from sparsepass.crossover import Verdict, current_table, full_wins, main, sparse_wins
 from sparsepass.crossover_table import MARGIN, Record, Table, fit, interpolate, parse
 from sparsepass.errors import OptionError
 from sparsepass.kernels.tuned import TUNING_ENV
@@ -230,3 +230,15 @@ def test_build_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
     Path(files[0]).write_text(json.dumps({"records": [{**row, "length": 1, "dense_ms": 2.0}]}))
     assert main(["build", *files, "-o", str(out)]) == 1
     assert "times over 0 ms" in capsys.readouterr().err
+
+
+def test_exact_attention_by_the_faster_kernel() -> None:
+    """Shipped figures of the H200: full lists pay from 16K at head size 128; a mask tensor is never worth having."""
+    h200 = {"device_name": "NVIDIA H200", "device_type": "cuda", "dtype": "bfloat16"}
+    assert full_wins(**h200, head_dim=128, length=32768, flagged=True)
+    assert not full_wins(**h200, head_dim=128, length=8192, flagged=True)
+    assert full_wins(**h200, head_dim=128, length=8192, flagged=False)
+    assert not full_wins(**h200, head_dim=128, length=1024, flagged=False)
+    assert not full_wins(**h200 | {"dtype": "float32"}, head_dim=128, length=8192, flagged=False)
+    assert not full_wins(**h200 | {"device_name": "Unknown GPU"}, head_dim=128, length=32768, flagged=False)
+    assert not full_wins(device_name="cpu", device_type="cpu", dtype="float32", head_dim=64, length=9, flagged=False)

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsepass.errors import KernelInputError, PolicyError
-from sparsepass.kernels.dispatch import Visible
+from sparsepass.kernels.dispatch import Visible, block_sparse_attention
 from sparsepass.methods import (
     METHODS,
     AShape,
     Dense,
     FlexPrefill,
+    Full,
     Method,
     PooledTopK,
     Threshold,
@@ -47,6 +48,7 @@ POOLED = st.one_of(
 )
 SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
     Dense: st.just(Dense()),
+    Full: st.just(Full()),
     AShape: st.builds(AShape, st.integers(1, 1 << 30), st.integers(0, 1 << 20), BLOCK),
     PooledTopK: POOLED,
     Threshold: st.builds(
@@ -69,7 +71,7 @@ SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
 
 def test_every_method_has_a_sample_and_a_name() -> None:
     assert set(SAMPLES) == set(METHODS)
-    assert method_names() == ("dense", "a_shape", "pooled_topk", "threshold", "top_p", "xattention", *SLASHED)
+    assert method_names() == ("dense", "full", "a_shape", "pooled_topk", "threshold", "top_p", "xattention", *SLASHED)
 
 
 @pytest.mark.parametrize("method_type", METHODS)
@@ -133,6 +135,24 @@ def test_a_dial_overrides_the_methods_own(shape: tuple[int, int]) -> None:
     for wrong in (dials.double(), dials[0], torch.ones(3, 4)):
         with pytest.raises(KernelInputError, match=r"accepted is a number, or float32 \[2 or 1, 4 or 1\]"):
             PooledTopK(0.9, 64).select(query, key, dial=wrong, **options)
+
+
+@pytest.mark.parametrize("method_type", [one for one in METHODS if one.dial is not None])
+@pytest.mark.parametrize("through_the_dial", [False, True])
+def test_every_visible_block_is_listed_at_the_dial_of_all(method_type: type[Method], through_the_dial: bool) -> None:
+    query, key = torch.randn(2, 4, 700, 16), torch.randn(2, 2, 700, 16)
+    needed = {"density": 0.1} if method_type in (PooledTopK, VerticalSlash) else {}
+    own: Method = method_type(**needed, block=64)  # type: ignore[call-arg]
+    cap = method_type.cap([own, Dense()])
+    dial = torch.full((2, 1), method_type.dial_at_all) if through_the_dial else None
+    counter = torch.zeros(3, dtype=torch.int64)
+    lists = cap.select(query, key, scale=0.25, visible=Visible(right=0), counter=counter, dial=dial)
+    assert torch.equal(lists.kv_num_blocks.expand(2, 4, -1), torch.arange(1, 12).expand(2, 4, 11))
+    assert counter.tolist() == [0, 0, 2 * 4 * 66]
+    full = block_sparse_attention(query, key, key, lists, scale=0.25, visible=Visible(right=0))[0]
+    wide = key.repeat_interleave(2, 1)
+    want = torch.nn.functional.scaled_dot_product_attention(query, wide, wide, is_causal=True, scale=0.25)
+    torch.testing.assert_close(full, want, atol=1e-4, rtol=1e-4)
 
 
 def test_text_form() -> None:
@@ -251,3 +271,17 @@ def test_text_is_the_same_in_another_process() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == encode_budget(Budget("pooled_topk", {"density": 1 / 3, "block": 64}))
+
+
+def test_full_is_exact_and_skips_what_the_mask_hides() -> None:
+    query, key, value = torch.randn(2, 4, 700, 16), torch.randn(2, 2, 700, 16), torch.randn(2, 2, 700, 16)
+    visible = Visible(left=149, right=0)
+    lists = Full().select(query, key, scale=0.25, visible=visible, counter=None)
+    out, _ = block_sparse_attention(query, key, value, lists, scale=0.25, visible=visible)
+    at = torch.arange(700)
+    mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - 150)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(out, exact, atol=1e-5, rtol=1e-5)
+    assert int(lists.kv_num_blocks.max()) == 3

@@ -318,7 +318,7 @@ def pays_up_to_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ]
     table = tmp_path / "crossover.json"
     table.write_text(json.dumps({"records": records}))
-    monkeypatch.setenv("SPARSEPASS_CROSSOVER", str(table))
+    monkeypatch.setenv("SPARSEPASS_TUNING", str(table))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the crossover of this test is for a CPU")

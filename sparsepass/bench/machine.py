@@ -38,7 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "time": time.strftime("%H:%M:%S %z"),
         "versions": versions(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "power": power_state(device),
     }
     if device.type == "cuda":

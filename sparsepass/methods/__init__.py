@@ -18,6 +18,7 @@ from sparsepass.methods.catalogue import (
 )
 from sparsepass.methods.dense import Dense
 from sparsepass.methods.flex_prefill import FlexPrefill
+from sparsepass.methods.full import Full
 from sparsepass.methods.pooled_topk import PooledTopK
 from sparsepass.methods.threshold import Threshold
 from sparsepass.methods.top_p import TopP
@@ -29,6 +30,7 @@ __all__ = [
     "AShape",
     "Dense",
     "FlexPrefill",
+    "Full",
     "Method",
     "PooledTopK",
     "Threshold",

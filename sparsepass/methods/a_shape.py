@@ -23,7 +23,7 @@ class AShape(ScoredMethod):
 
     name: ClassVar[str] = "a_shape"
     dial: ClassVar[str | None] = "window"
-    dial_at_all: ClassVar[float] = 1 << 30
+    dial_at_all: ClassVar[float] = float(1 << 30)
     window: int = 4096
     sink: int = 128
     block: int | None = None

@@ -45,7 +45,7 @@ class Method:
     def dials(self, heads: int) -> tuple[float, ...]:
         """The dial of each of ``heads`` query heads. Raises ``PolicyError`` if the method has none."""
         if self.dial is None:
-            raise PolicyError(f"{self.name} has no dial: it computes everything, in the dense kernel.")
+            raise PolicyError(f"{self.name} has no dial: it computes everything.")
         return tuple(float(getattr(self.for_head(head), self.dial)) for head in range(heads))
 
     @classmethod
@@ -69,7 +69,7 @@ class Method:
 
     @property
     def computes_all(self) -> bool:
-        """Whether this is the dense kernel."""
+        """Whether every visible block is computed, whatever the input: the result is exact."""
         return False
 
     def for_head(self, head: int) -> Method:

@@ -13,6 +13,7 @@ from sparsepass.methods.a_shape import AShape
 from sparsepass.methods.base import Method, parameters
 from sparsepass.methods.dense import Dense
 from sparsepass.methods.flex_prefill import FlexPrefill
+from sparsepass.methods.full import Full
 from sparsepass.methods.pooled_topk import PooledTopK
 from sparsepass.methods.threshold import Threshold
 from sparsepass.methods.top_p import TopP
@@ -20,7 +21,17 @@ from sparsepass.methods.vertical_slash import VerticalSlash
 from sparsepass.methods.xattention import XAttention
 from sparsepass.types import Budget
 
-METHODS: tuple[type[Method], ...] = (Dense, AShape, PooledTopK, Threshold, TopP, XAttention, VerticalSlash, FlexPrefill)
+METHODS: tuple[type[Method], ...] = (
+    Dense,
+    Full,
+    AShape,
+    PooledTopK,
+    Threshold,
+    TopP,
+    XAttention,
+    VerticalSlash,
+    FlexPrefill,
+)
 """Every method. Order is that of the documentation."""
 
 _BY_NAME = {method.name: method for method in METHODS}

@@ -13,8 +13,8 @@ from sparsepass.errors import OptionError
 from sparsepass.kernels.spec import AttendTile, Capability, attend_tile
 
 K = 1024
-DENSITIES = (0.03, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
-QUICK_DENSITIES = (0.1, 0.3, 0.6)
+DENSITIES = (0.03, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+QUICK_DENSITIES = (0.1, 0.3, 0.6, 1.0)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from triton.compiler import compile as triton_compile
 from sparsepass.kernels.attend_hopper import COMPUTE_REGISTERS, LOAD_REGISTERS, HopperTile
 from sparsepass.kernels.attend_triton import attend_launches
 from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.rules import Rule
+from sparsepass.kernels.select_scored_triton import scored_launches
 from sparsepass.kernels.select_triton import select_launches
 from sparsepass.kernels.spec import Capability
 
@@ -131,3 +133,33 @@ def launches_for(
             q, k, v, count, lists, return_lse=True, implementation="triton", **shared, **tile
         )
     return select + attend
+
+
+RULES = (
+    Rule("threshold", 0.1, "mass", sink=2, window=4, last=2, self_similarity=0.2),
+    Rule("coverage", 0.9, "antidiagonal"),
+    Rule("coverage", 0.9, "pooled", self_similarity=0.2),
+    Rule("window", 4096.0),
+)
+
+
+def scored_launches_for(
+    dtype: torch.dtype, head_dim: int, *, segments: bool, kv_len: int = 8192, per_head: bool = False
+) -> list[Launch]:
+    """The launches of every score and every rule, each kernel once per rule, for the same problem."""
+    found: dict[tuple[str, Any], Launch] = {}
+    with FakeTensorMode():
+
+        def tokens(heads: int) -> torch.Tensor:
+            return torch.empty(2, kv_len, heads, head_dim, dtype=dtype, device="cuda:0").transpose(1, 2)
+
+        segment = torch.empty(2, kv_len, dtype=torch.int32, device="cuda:0") if segments else None
+        for rule in RULES:
+            launches, _, _ = scored_launches(
+                tokens(32), tokens(8), scale=0.1, left=-1, right=0, offset=0, q_segments=segment, kv_segments=segment,
+                q_block=128, kv_block=128, rule=rule, dial=torch.empty(2, 32, device="cuda:0") if per_head else None,
+                counter=torch.empty(3, dtype=torch.int64, device="cuda:0"),
+            )  # fmt: skip
+            for launch in launches:
+                found.setdefault((launch.kernel.__name__, launch.arguments.get("KEEP")), launch)
+    return list(found.values())

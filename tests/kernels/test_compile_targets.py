@@ -8,7 +8,14 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from sparsepass.kernels import attend_hopper, spec
-from tests.kernels.compile_offline import compile_hopper, compile_launch, launches_for, resources
+from sparsepass.kernels.launch import Launch
+from tests.kernels.compile_offline import (
+    compile_hopper,
+    compile_launch,
+    launches_for,
+    resources,
+    scored_launches_for,
+)
 
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 MATRIX_INSTRUCTION = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
@@ -36,14 +43,19 @@ def compile_all(
     monkeypatch: pytest.MonkeyPatch, capability: spec.Capability, dtype: torch.dtype, head_dim: int, segments: bool
 ) -> None:
     monkeypatch.setattr(spec, "_capability", lambda index: capability)
-    for launch in launches_for(dtype, head_dim, segments=segments, per_head=segments):
+    check_launches(launches_for(dtype, head_dim, segments=segments, per_head=segments), capability, dtype)
+
+
+def check_launches(launches: list[Launch], capability: spec.Capability, dtype: torch.dtype) -> None:
+    """Compiles each: nothing spills, it fits, and what multiplies 16-bit numbers does so on the matrix units."""
+    for launch in launches:
         name = launch.kernel.__name__
         compiled = compile_launch(launch, capability)
         used = resources(compiled)
         assert used["STACK"] + used["LOCAL"] == 0, f"{name} spills: {used}"
         assert used["SHARED"] <= SHARED_LIMIT[capability], f"{name}: {used}"
         assert used["REG"] >= 8, f"{name} was compiled to nothing: {used}"
-        if name == "attend" and dtype != torch.float32:
+        if name in ("attend", "_mass_scores", "_fold_parts") and dtype != torch.float32:
             assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"], f"{name} leaves the matrix units idle"
 
 
@@ -68,6 +80,38 @@ def test_every_tuned_size_compiles_without_spills(
     compile_all(monkeypatch, capability, dtype, head_dim, segments)
 
 
+@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 128), (torch.float32, 64)], ids=str)
+def test_scores_and_rules_compile_without_spills(
+    monkeypatch: pytest.MonkeyPatch, capability: spec.Capability, dtype: torch.dtype, head_dim: int
+) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: capability)
+    check_launches(scored_launches_for(dtype, head_dim, segments=True, per_head=True), capability, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
+@pytest.mark.parametrize(("dtype", "head_dim", "segments"), SLOW, ids=str)
+def test_scores_and_rules_of_every_tuned_size_compile_without_spills(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: spec.Capability,
+    dtype: torch.dtype,
+    head_dim: int,
+    segments: bool,
+) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: capability)
+    check_launches(scored_launches_for(dtype, head_dim, segments=segments), capability, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_len", [1000, 2**17, 2**20])
+def test_rules_compile_for_every_row_length(monkeypatch: pytest.MonkeyPatch, kv_len: int) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: (9, 0))
+    launches = scored_launches_for(torch.bfloat16, 128, segments=True, kv_len=kv_len, per_head=True)
+    rows = [one for one in launches if one.kernel.__name__ in ("_lists_from_scores", "_scores_from_parts")]
+    check_launches(rows, (9, 0), torch.bfloat16)
+
+
 @pytest.mark.parametrize("kv_len", [1000, 2**17, 2**20])
 def test_selection_compiles_for_every_row_length(monkeypatch: pytest.MonkeyPatch, kv_len: int) -> None:
     monkeypatch.setattr(spec, "_capability", lambda index: (9, 0))
@@ -85,7 +129,8 @@ def test_the_hopper_kernel_compiles(tile: attend_hopper.HopperTile, dtype: torch
     compiled = compile_hopper(tile, dtype, segments=segments)
     used = resources(compiled)
     # A few numbers that are read once a tile may lie on the stack; the loop over blocks has none there.
-    assert used["LOCAL"] == 0 and used["STACK"] <= 32, used
+    assert used["LOCAL"] == 0, used
+    assert used["STACK"] <= 32, used
     assert used["REG"] == 168, f"{used}: registers are moved between the warps on the premise of 168 each"
     assert used["SHARED"] <= SHARED_LIMIT[(9, 0)], used
     assert "wgmma.mma_async" in compiled.asm["ptx"]

@@ -74,7 +74,10 @@ def test_hidden_values_reach_no_one(case: Case) -> None:
     """inf and NaN reach the rows that see them, and no other."""
     inputs = case.tensors("cuda")
     out, _ = attend(inputs)
-    assert_as_accurate_as_dense(out, inputs)
+    reference, _ = inputs.reference()
+    finite = reference.isfinite()
+    assert torch.equal(out.isfinite(), finite)
+    torch.testing.assert_close(out[finite].double(), reference[finite], atol=5e-3, rtol=2e-2)
 
 
 LONG = Case(

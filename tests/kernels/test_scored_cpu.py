@@ -28,8 +28,13 @@ def selected(case: Case, rule: Rule, dial: Tensor | None = None) -> tuple[Tensor
     seen: list[Tensor] = []
     by_scores = cpu_scored._by_scores
     counter = torch.zeros(3, dtype=torch.int64)
+
+    def remembering(rule: Rule, dials: Tensor, scores: Tensor, allowed: Tensor, listed: Tensor) -> Tensor:
+        seen.append(scores)
+        return by_scores(rule, dials, scores, allowed, listed)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_scored, "_by_scores", lambda *given: (seen.append(given[2]), by_scores(*given))[1])
+        patch.setattr(cpu_scored, "_by_scores", remembering)
         count, lists = select_scored_cpu(inputs.q, inputs.k, **inputs.mask, rule=rule, dial=dial, counter=counter)
     assert count.dtype == lists.dtype == torch.int32
     unused = torch.arange(lists.shape[-1]) >= count[..., None]
