@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import sparsepass
 from sparsepass import Report
+from sparsepass.kernels import cpu_native
 from sparsepass.policy import Policy
 from sparsepass.policy_rules import Ranges, Rule
 from sparsepass.types import Budget
@@ -40,6 +41,7 @@ def test_every_site_is_listed_with_its_outcome(fresh_dynamo: None) -> None:
     assert graph.runs == 1
     assert first.density_asked == 0.5
     assert first.blocks_visible == 2 * 4 * 15
+    assert first.kernel == ("native" if cpu_native.available(torch.float32) else "gathered")
     assert first.density_achieved is not None
     assert 0.5 <= first.density_achieved < 1.0
     assert report.peak_memory_bytes

@@ -21,12 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_op import BLOCK, dense, environment, flex_run
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from sparsepass.bench.baselines import flex_call, forced_sdpa
+from sparsepass.bench.machine import describe
+from sparsepass.bench.problem import Problem, Shape
 from sparsepass.kernels.attend_triton import attend_launches
+from sparsepass.kernels.dispatch import BlockLists
 from sparsepass.kernels.launch import Launch, run_all
+
+BLOCK = 128
 
 CASES: tuple[dict[str, Any], ...] = (
     {"length": 131072, "density": 0.10},
@@ -142,15 +147,16 @@ def time_case(case: dict[str, Any], rounds: int) -> dict[str, Any]:
         raise RuntimeError(f"the two kernels differ by {difference} in {case}")
     if case["density"] < 1:
         try:
-            runs["flex"] = flex_run(q, k, v, *given)
+            shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], case.get("dtype", "bf16"))
+            runs["flex"] = flex_call("flex", Problem(shape, q, k, v), BlockLists(*given, BLOCK, BLOCK))
             runs["flex"]()
         except Exception as error:  # FlexAttention does not fit every shape; the others are timed all the same
             print(f"flex: {str(error).splitlines()[0][:100]}")
             runs.pop("flex", None)
     if head_dim <= 128:
-        runs["cudnn"] = partial(dense, q, k, v, SDPBackend.CUDNN_ATTENTION)
+        runs["cudnn"] = partial(forced_sdpa, SDPBackend.CUDNN_ATTENTION, q, k, v, head_dim**-0.5)
     else:
-        runs["flash"] = partial(dense, q, k, v, SDPBackend.FLASH_ATTENTION)
+        runs["flash"] = partial(forced_sdpa, SDPBackend.FLASH_ATTENTION, q, k, v, head_dim**-0.5)
     flops = {
         name: 4.0 * head_dim * float(given[0].sum()) * BLOCK * BLOCK
         if name in ("hopper", "triton", "flex")
@@ -224,7 +230,7 @@ def main() -> None:
         print(case, "; ".join(cells), record["stages_ms"], flush=True)
         torch.cuda.empty_cache()
     if options.out:
-        head = {**environment(), "command": "python " + " ".join(sys.argv)}
+        head = {**describe(torch.device("cuda", 0)), "command": "python " + " ".join(sys.argv)}
         options.out.write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
 
 

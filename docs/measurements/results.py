@@ -3,9 +3,9 @@
     python docs/measurements/results.py           # rewrites the part of README.md between the markers
     python docs/measurements/results.py --check   # exit status 1 if that part is not what the files say
 
-One table per ``end_to_end*.json`` (of ``end_to_end.py``), ``attention_op*.json`` (of ``attention_op.py``),
-``cpu_attention*.json`` (of ``cpu_attention.py``) and ``bench_*.json`` (of ``sparsepass bench kernel`` and ``op``),
-under it the command that measured it.
+One table per ``end_to_end*.json``, ``cpu_attention*.json`` and ``hopper_kernel*.json`` (of the scripts of these names),
+``tuning_*.json`` (of ``sparsepass tune``) and ``bench_*.json`` (of ``sparsepass bench kernel`` and ``op``), under it
+the command that measured it.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def end_to_end(content: dict[str, Any]) -> list[str]:
                 text += f" ({', '.join(ratio(by, length, other, variant) for other in others)})"
             row.append(text)
         lines.append(f"| {name} | " + " | ".join(row) + " |")
+    if "note" in content:
+        lines += ["", content["note"]]
     if others:
         lines += ["", f"In parentheses: times faster than {' and than '.join(names[other] for other in others)}."]
     return [*lines, "", *commands(content["command"])]
@@ -137,6 +139,63 @@ def kernel(content: dict[str, Any]) -> list[str]:
     return [*lines, "", *commands(content["environment"]["command"])]
 
 
+def given_lists(content: dict[str, Any]) -> list[str]:
+    """A table of attention over given lists, of ``hopper_kernel.py``: our kernels against FlexAttention and dense."""
+    lines = [f"Attention over given block lists (no selection), {hardware(content)}:", ""]
+    names = {"hopper": "hopper kernel", "triton": "plain Triton", "flex": "FlexAttention", "dense": "cuDNN, dense"}
+    lines += [
+        "| tokens | batch, heads, size, type | density | " + " | ".join(names.values()) + " | times faster than |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in content["records"]:
+        found = {**record, "dense": record.get("cudnn", record.get("flash"))}
+        shape = (
+            f"{record.get('batch', 1)}, {record.get('heads', 32)}/{record.get('kv_heads', 8)}, "
+            f"{record.get('head_dim', 128)}, {record.get('dtype', 'bf16')}"
+        )
+        density = f"{record['density']:.2f}" + (", uneven" if record.get("uneven") else "")
+        own = record["hopper"]["median_ms"]
+        cells = [
+            f"{seconds(r['median_ms'] / 1e3)}, {r['tflops']:.0f} TF/s" if (r := found.get(n)) else "" for n in names
+        ]
+        faster = [f"{n} {found[n]['median_ms'] / own:.2f}" for n in ("triton", "flex", "dense") if found.get(n)]
+        lines.append(
+            "| " + " | ".join((length_text(record["length"]), shape, density, *cells, ", ".join(faster))) + " |"
+        )
+    return [*lines, "", *commands(content["command"])]
+
+
+TUNED_LENGTHS, TUNED_DENSITIES = (8192, 32768, 131072), (0.05, 0.1, 0.2, 0.45, 1.0)
+
+
+def tuned(content: dict[str, Any]) -> list[str]:
+    """A table of the whole op, selection by pooled top-k included, out of what ``sparsepass tune`` measured."""
+    lines = []
+    for device in content["devices"]:
+        lines += [
+            "Selection (pooled top-k) and attention, over the faster of the dense kernels, "
+            f"{hardware(device['environment'])}:",
+            "",
+            "| tokens | type, head size | dense | "
+            + " | ".join(f"density {density}" for density in TUNED_DENSITIES)
+            + " |",
+            "|---|---|---|" + "---|" * len(TUNED_DENSITIES),
+        ]
+        by = {(r["length"], r["dtype"], r["head_dim"], r["density"]): r for r in device["records"]}
+        for length in TUNED_LENGTHS:
+            for dtype, head_dim in dict.fromkeys((r["dtype"], r["head_dim"]) for r in device["records"]):
+                row = [by.get((length, dtype, head_dim, density)) for density in TUNED_DENSITIES]
+                cells = [
+                    f"{seconds(r['sparse_ms'] / 1e3)} ({r['dense_ms'] / r['sparse_ms']:.2f}x)" if r else "" for r in row
+                ]
+                if any(cells):
+                    dense = next(r for r in row if r)
+                    first = (length_text(length), f"{dtype}, {head_dim}", seconds(dense["dense_ms"] / 1e3))
+                    lines.append("| " + " | ".join((*first, *cells)) + " |")
+        lines += ["", *commands(device["environment"]["command"])]
+    return lines
+
+
 def op(content: dict[str, Any]) -> list[str]:
     """A table of selection and attention together, of ``sparsepass bench op``."""
     lines = [f"Selection and attention, {hardware(content['environment'])}:", ""]
@@ -166,12 +225,14 @@ def tables(folder: Path = FOLDER) -> str:
     for path in sorted(folder.glob("end_to_end*.json")):
         parts += [*end_to_end(json.loads(path.read_text(encoding="utf-8"))), ""]
     for pattern, command in (
-        ("attention_op*.json", "python docs/measurements/attention_op.py op --out docs/measurements/{}"),
         ("cpu_attention*.json", "python docs/measurements/cpu_attention.py target --out docs/measurements/{}"),
     ):
         for path in sorted(folder.glob(pattern)):
             content = json.loads(path.read_text(encoding="utf-8"))
             parts += [*attention(content, command.format(path.name)), ""]
+    for pattern, table in (("hopper_kernel*.json", given_lists), ("tuning_*.json", tuned)):
+        for path in sorted(folder.glob(pattern)):
+            parts += [*table(json.loads(path.read_text(encoding="utf-8"))), ""]
     for path in sorted(folder.glob("bench_*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("what") in BENCH:
