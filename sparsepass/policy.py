@@ -216,11 +216,15 @@ def _places(given: int | None, ranges: Iterable[Ranges | None]) -> list[int]:
 
 
 def _most_cautious(budgets: Iterable[Budget]) -> Budget:
-    """The one that computes most; dense where methods or blocks differ, since shares of different kinds do not rank."""
+    """One that computes at least as much as each; dense where they differ in more than their dial, as these do not rank."""
     methods = [make_method(budget).uniform() for budget in budgets]
-    if len({(type(method), getattr(method, "block", None)) for method in methods}) > 1:
+    kind = type(methods[0])
+    if any(type(method) is not kind for method in methods):
         return DENSE
-    return max(methods, key=lambda method: (method.max_density, method.text())).budget()
+    try:
+        return kind.cap(methods).budget()
+    except PolicyError:
+        return DENSE
 
 
 def builtin_policy() -> Policy:

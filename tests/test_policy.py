@@ -154,6 +154,18 @@ def test_head_densities_must_fit_the_model() -> None:
         policy.site_budget(TaskClass.UNKNOWN, bucket, 3, 8)
 
 
+def test_unknown_layer_gets_the_dial_that_computes_most() -> None:
+    """A greater alpha keeps less: the least of them is the cautious one, whatever its text sorts like."""
+    rules = (
+        Rule(TaskClass.SINGLE_QA, Budget("threshold", {"alpha": 0.18})),
+        Rule(TaskClass.SINGLE_QA, Budget("threshold", {"alpha": 0.08}), layers=Ranges(((3, 5),))),
+    )
+    policy = Policy(name="two alphas", default="dense", rules=rules)
+    bucket = policy.bucket(16 * K)
+    assert policy.budget(TaskClass.SINGLE_QA, bucket, layer=None) == Budget("threshold")  # 0.08 is the default
+    assert policy.budget(TaskClass.SINGLE_QA, bucket, layer=0) == Budget("threshold", {"alpha": 0.18})
+
+
 def test_unknown_layer_with_differing_heads_or_methods_is_cautious() -> None:
     one = Rule(None, pooled(0.2, head_densities=(0.1, 0.2)), layers=Ranges.parse("1"))
     two = Rule(None, pooled(0.2, head_densities=(0.2, 0.1)), layers=Ranges.parse("2"))
