@@ -216,7 +216,7 @@ def _places(given: int | None, ranges: Iterable[Ranges | None]) -> list[int]:
 
 
 def _most_cautious(budgets: Iterable[Budget]) -> Budget:
-    """One that computes at least as much as each; dense where they differ in more than their dial: these do not rank."""
+    """One that computes at least as much as each; dense where they differ in more than the dial: those do not rank."""
     methods = [make_method(budget).uniform() for budget in budgets]
     kind = type(methods[0])
     if any(type(method) is not kind for method in methods):
