@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
+from sparsepass.kernels.spec import capability_of
 
 PARTS_BYTES = 256 << 20
 """Size of the shared buffer, unless one head alone needs more."""
@@ -253,11 +254,13 @@ def antidiagonal_launches(
         "FOLDS": q_block // stride,
         "COLUMNS": tile_side(blocks),
     }
+    # More stages than these spill.
+    stages = {8: 1, 9: 3}.get(capability_of(q.device)[0], 2) if half and head_dim <= 128 else 1
     launches = []
     for begin in range(0, planes, turn):
         some = min(turn, planes - begin)
         grid = (ceil_div(kv_folds, tile_k), ceil_div(folds, tile_q), some)
-        options = {"num_warps": 8, "num_stages": 3 if half and head_dim <= 128 else 1}
+        options = {"num_warps": 8, "num_stages": stages}
         launches.append(Launch(_fold_parts, grid, {**arguments, "first_plane": begin}, options))
         launches.append(Launch(_scores_from_parts, (rows, some), {**after, "first_plane": begin}, {"num_warps": 4}))
     return launches, scores
