@@ -254,8 +254,8 @@ def antidiagonal_launches(
         "FOLDS": q_block // stride,
         "COLUMNS": tile_side(blocks),
     }
-    # More stages than these spill.
-    stages = {8: 1, 9: 3}.get(capability_of(q.device)[0], 2) if half and head_dim <= 128 else 1
+    # More stages spill on the other targets.
+    stages = 3 if half and head_dim <= 128 and capability_of(q.device)[0] == 9 else 1
     launches = []
     for begin in range(0, planes, turn):
         some = min(turn, planes - begin)
