@@ -1,0 +1,68 @@
+"""Attention counted in an uncompiled run, by what is called: nothing here knows how sites are matched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+SHORTEST = 48
+"""Fewer keys than this are no tokens: layers, experts, streams."""
+
+_SOFTMAX = {"softmax", "_softmax", "softmax_", "logsumexp", "_safe_softmax", "softmax_int"}
+_SDPA = "scaled_dot_product_attention"
+_COMPOSITE = {"multi_head_attention_forward"}
+_NATIVE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
+
+
+class AttentionCounter(TorchFunctionMode):
+    """Counts executions of attention: calls of SDPA, and softmaxes over scores [.., Sq, Skv] of tokens.
+
+    A softmax over features or experts is told by its shape: two dimensions, a size in ``features``, or fewer than
+    ``SHORTEST`` entries. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``: executions by
+    (what, query length, key length).
+    """
+
+    def __init__(self, features: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.features = frozenset(features)
+        self.sites: Counter[str] = Counter()
+        self.shapes: Counter[tuple[str, int, int]] = Counter()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == _SDPA:
+            query = args[0] if args else given["query"]
+            key = args[1] if len(args) > 1 else given["key"]
+            if key.shape[-2] >= SHORTEST:
+                self._add("sdpa", query.shape[-2], key.shape[-2])
+        elif name in _SOFTMAX:
+            self._softmax(args, given)
+        elif name in _NATIVE:
+            query = args[0] if args else given["query"]
+            self._add("sdpa", query.shape[1], query.shape[1])
+        elif name in _COMPOSITE:
+            with self:  # what it calls is what counts
+                return func(*args, **given)
+        return func(*args, **given)
+
+    def _softmax(self, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        scores = args[0] if args else given.get("input", given.get("self"))
+        dim = args[1] if len(args) > 1 else given.get("dim", -1)
+        if not isinstance(scores, torch.Tensor) or scores.ndim < 3 or not isinstance(dim, int):
+            return
+        size = scores.shape[dim]
+        if size < SHORTEST or size in self.features or not scores.is_floating_point():
+            return
+        rows = scores.shape[-2] if dim in (-1, scores.ndim - 1) else scores.numel() // size
+        self._add("softmax", rows, size)
+
+    def _add(self, what: str, rows: int, keys: int) -> None:
+        self.sites[what] += 1
+        self.shapes[what, int(rows), int(keys)] += 1
