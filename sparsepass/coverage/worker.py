@@ -38,21 +38,23 @@ def records_of(task: Task) -> Iterator[Record]:
 
     warnings.simplefilter("ignore")
     built: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     for implementation, phase in task.cases:
         head = {"kind": str(task.kind), "arch": task.arch, "implementation": implementation, "phase": str(phase)}
-        stage = "build"
+        if implementation not in built and implementation not in failed:
+            try:
+                built = {implementation: build(task.arch, task.kind, implementation)}
+            except Exception as error:
+                failed[implementation] = first_line(error)
+        if implementation in failed:
+            absent = "does not support an attention implementation" in failed[implementation]
+            yield head | {"error": failed[implementation], "stage": "absent" if absent else "build"}
+            continue
         try:
-            if implementation not in built:
-                built = {implementation: None}
-                built[implementation] = build(task.arch, task.kind, implementation)
-            model = built[implementation]
-            if model is None:
-                raise RuntimeError("the model could not be built")
-            stage = "run"
-            call = call_for(model, task.kind, phase, task.length)
-            yield head | measure(model, call, decode=phase is Phase.DECODE, fused=task.fused)
+            call = call_for(built[implementation], task.kind, phase, task.length)
+            yield head | measure(built[implementation], call, decode=phase is Phase.DECODE, fused=task.fused)
         except Exception as error:
-            yield head | {"error": first_line(error), "stage": stage}
+            yield head | {"error": first_line(error), "stage": "run"}
 
 
 def _serve(pipe: Connection) -> None:
