@@ -14,7 +14,7 @@ SHORTEST = 48
 
 _SOFTMAX = {"softmax", "_softmax", "softmax_", "logsumexp", "_safe_softmax", "softmax_int"}
 _SDPA = "scaled_dot_product_attention"
-_COMPOSITE = {"multi_head_attention_forward"}
+_COMPOSITE = "multi_head_attention_forward"
 _NATIVE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
 
 
@@ -45,11 +45,14 @@ class AttentionCounter(TorchFunctionMode):
         elif name in _SOFTMAX:
             self._softmax(args, given)
         elif name in _NATIVE:
-            query = args[0] if args else given["query"]
-            self._add("sdpa", query.shape[1], query.shape[1])
-        elif name in _COMPOSITE:
-            with self:  # what it calls is what counts
-                return func(*args, **given)
+            source = args[0] if args else given.get("query", given.get("src"))
+            if source is not None and source.shape[1] >= SHORTEST:
+                self._add("sdpa", source.shape[1], source.shape[1])
+        elif name == _COMPOSITE:
+            # What it calls is not seen here: one softmax or one SDPA. Its tensors are [S, B, E].
+            query, key = (args[0], args[1]) if len(args) > 1 else (given["query"], given["key"])
+            if key.shape[0] >= SHORTEST:
+                self._add("softmax" if given.get("need_weights", True) else "sdpa", query.shape[0], key.shape[0])
         return func(*args, **given)
 
     def _softmax(self, args: tuple[Any, ...], given: dict[str, Any]) -> None:
