@@ -56,6 +56,12 @@ def architectures(kinds: tuple[str, ...], names: tuple[str, ...] = ()) -> list[t
     return every
 
 
+def class_name(kind: Kind, arch: str) -> str:
+    """Name of the transformers class of an architecture; empty where the automatic class picks one."""
+    name = getattr(_modeling_auto(), _AUTO[kind][1], {}).get(arch, "")
+    return name if isinstance(name, str) else ""
+
+
 def _modeling_auto() -> Any:
     try:
         from transformers.models.auto import modeling_auto

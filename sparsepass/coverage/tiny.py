@@ -6,18 +6,22 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from sparsepass.coverage.architectures import Kind
+from sparsepass.coverage.architectures import Kind, class_name
 from sparsepass.models import ModelError
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 128, 320
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-LAYERS, EXPERTS, WINDOW, POSITIONS = 2, 4, 200, 1024
+LAYERS, EXPERTS, WINDOW, POSITIONS = 1, 4, 200, 1024
+"""One layer of each type: they are all alike, and capturing them is most of the time."""
 MOST_PARAMETERS = 80_000_000
 """A configuration that stays larger than this is not built."""
 
 
 def _names(value: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
+
+
+LISTED = "is listed on its own"
 
 
 SIZES: dict[str, Any] = (
@@ -28,7 +32,7 @@ SIZES: dict[str, Any] = (
     | _names(INTERMEDIATE, "moe_intermediate_size dense_intermediate_size shared_expert_intermediate_size dim_ff dff")
     | _names(INTERMEDIATE, "mlp_hidden_size block_ff_dim moe_shared_expert_intermediate_size intermediate_size_mlp")
     | _names(INTERMEDIATE, "feed_forward_size block_auto_adjust_ff_dim_ shared_intermediate_size expert_ffn_hidden_size")
-    | _names(INTERMEDIATE, "mlp_ffn_hidden_size d_inner_ expert_ffn_size moe_ffn_hidden_size")
+    | _names(INTERMEDIATE, "mlp_ffn_hidden_size mamba_d_ssm d_inner_ expert_ffn_size moe_ffn_hidden_size")
     | _names(HEADS, "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads")
     | _names(HEADS, "num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads")
     | _names(KV_HEADS, "num_key_value_heads n_kv_heads num_kv_heads kv_n_heads swa_num_key_value_heads")
@@ -56,14 +60,18 @@ SIZES: dict[str, Any] = (
 """Sizes by the names that configurations give them. A name that ends in ``_`` is left out, on purpose."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 200},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 200},
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "is_decoder": True, "num_buckets": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xlnet": {"d_head": HEAD_DIM, "d_inner": INTERMEDIATE},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
     "zamba": {"num_hidden_layers": 4},
-    "dbrx": {"clip_qkv": None},
-    "bit": {},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": INTERMEDIATE, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+    },
+    "rwkv": {"num_hidden_layers": 2},
+    "xmod": {"default_language": "en_XX"},
 }
 """What some architectures need besides: patterns of layers that the default spreads over many layers."""
 
@@ -77,8 +85,13 @@ def tiny_config(arch: str, kind: Kind) -> Any:
         default = mapping[arch]()
         if kind is Kind.DECODER:
             text = default.get_text_config(decoder=True)
-            default = text if text.model_type in mapping else default
+            if type(text) is not type(default) and text.model_type in mapping:
+                if text.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+                    raise ModelError(f"its language model is {text.model_type}, which {LISTED}")
+                default = text
         return _shrunk(default, kind)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"no tiny configuration: {first_line(error)}") from error
 
@@ -91,9 +104,13 @@ def build(arch: str, kind: Kind, implementation: str) -> Any:
     transformers.logging.set_verbosity_error()
     config = tiny_config(arch, kind)
     auto: Any = getattr(transformers, kind.auto_class)
+    own: Any = getattr(transformers, class_name(kind, arch), None)
 
     def make() -> Any:
-        return auto.from_config(copy.deepcopy(config), attn_implementation=implementation, dtype=torch.float32)
+        given = {"attn_implementation": implementation, "dtype": torch.float32}
+        if own is not None and isinstance(config, getattr(own, "config_class", None) or ()):
+            return own._from_config(copy.deepcopy(config), **given)  # also for parts of larger models
+        return auto.from_config(copy.deepcopy(config), **given)
 
     try:
         with torch.device("meta"):
@@ -125,14 +142,23 @@ def _settle(model: Any) -> None:
 
 
 def _shrunk(default: Any, kind: Kind) -> Any:
+    """The configuration again with every size made small; parts of it likewise."""
     made = type(default)
-    known = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
+    held = default.to_dict()
+    mapped = getattr(default, "attribute_map", {})
+    held |= {name: held[other] for name, other in mapped.items() if other in held}
+    known = set(held) | set(mapped)
     fields = {name: value for name, value in SIZES.items() if name in known and not _derived(made, name)}
     for name in list(fields):  # None means "as another size" or "not used": keep it so
-        if getattr(default, name, None) is None and name not in ("head_dim", "n_inner", "pad_token_id"):
+        if held.get(name) is None and name not in ("head_dim", "n_inner", "pad_token_id", "num_key_value_heads"):
             del fields[name]
-        elif isinstance(getattr(default, name, None), list | tuple) and not isinstance(fields[name], list):
+        elif isinstance(held.get(name), list | tuple) and not isinstance(fields[name], list):
             del fields[name]
+    for alias, name in mapped.items():
+        if alias in fields and name in fields:
+            del fields[alias]
+    if "kv_lora_rank" in known and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = HEADS  # latent attention expands to every head
     for name in getattr(made, "sub_configs", {}):
         part = getattr(default, name, None)
         if part is not None and hasattr(part, "to_dict"):

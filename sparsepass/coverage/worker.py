@@ -34,7 +34,7 @@ def records_of(task: Task) -> Iterator[Record]:
 
     from sparsepass.coverage.inputs import call_for
     from sparsepass.coverage.measure import measure
-    from sparsepass.coverage.tiny import build, first_line
+    from sparsepass.coverage.tiny import LISTED, build, first_line
 
     warnings.simplefilter("ignore")
     built: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def records_of(task: Task) -> Iterator[Record]:
             except Exception as error:
                 failed[implementation] = first_line(error)
         if implementation in failed:
-            absent = "does not support an attention implementation" in failed[implementation]
+            absent = any(text in failed[implementation] for text in (LISTED, "does not support an attention impl"))
             yield head | {"error": failed[implementation], "stage": "absent" if absent else "build"}
             continue
         try:
@@ -118,7 +118,7 @@ class Worker:
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._pipe.close()
             self._process.kill()
             self._process.join()
+            self._pipe.close()
             self._process = None
