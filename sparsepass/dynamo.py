@@ -218,7 +218,7 @@ def forget() -> None:
 
 
 def fused_attention(gm: fx.GraphModule, examples: Sequence[Any]) -> int:
-    """How many attention sites Inductor's own ``fuse_attention`` replaces in a graph. Nothing is compiled to the end."""
+    """How many attention sites Inductor's own ``fuse_attention`` replaces in a graph; no code is generated."""
     from torch._dynamo.utils import counters
     from torch._inductor.compile_fx import compile_fx
 

@@ -114,8 +114,7 @@ def test_no_attention_is_no_site() -> None:
 def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the op broken, the comparison at density 1 must fail."""
     from sparsepass import ops
-
-    right = ops.block_sparse_attention
+    from sparsepass.kernels.dispatch import block_sparse_attention as right
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         out, lse = right(*args, **kwargs)

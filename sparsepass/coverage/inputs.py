@@ -29,7 +29,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model: ``arguments()`` makes its inputs. ``real``: bool [B, S], False at padding, if there is any."""
+    """One call of a model: ``arguments()`` makes its inputs. ``real``: bool [B, S], False at padding, if any."""
 
     arguments: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     real: Any = None

@@ -46,7 +46,9 @@ class CoverageOptions:
     time_limit: float = option(0.0, "Seconds after which no further architecture is begun; 0: none.", "Run")
     retry: bool = option(False, "Measure again what failed in the file's earlier run.", "Run")
     again: bool = option(False, "Measure again what the file has.", "Run")
-    out: Path | None = option(None, "JSON file, written after every architecture; gone on with if it is there.", "Output")
+    out: Path | None = option(
+        None, "JSON file, written after every architecture; gone on with if it is there.", "Output"
+    )
     markdown: Path | None = option(None, "Markdown file for the tables.", "Output")
     as_json: bool = option(False, "The same JSON on stdout, no tables.", "Output")
 

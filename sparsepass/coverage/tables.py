@@ -95,7 +95,8 @@ def markdown(records: Sequence[Record], sweep: Sweep) -> str:
     for kind, attn, phase, models, sites, matched, rewritten, differ in totals(records):
         share = f"{rewritten} ({rewritten / sites:.1%})" if phase != "decode" else "-"
         rows.append(
-            f"| {kind} | {attn} | {phase} | {models} | {sites} | {matched} ({matched / sites:.1%}) | {share} | {differ} |"
+            f"| {kind} | {attn} | {phase} | {models} | {sites} | {matched} ({matched / sites:.1%}) | {share} "
+            f"| {differ} |"
         )
     rows += ["", "### Why sites are not rewritten", "", "| executions | architectures | reason | for instance |"]
     rows += ["|--:|--:|---|---|"]

@@ -21,6 +21,7 @@ def _names(value: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
 
 
+_SET_ANYWAY = ("head_dim", "n_inner", "pad_token_id", "num_key_value_heads")
 LISTED = "is listed on its own"
 
 
@@ -31,16 +32,26 @@ SIZES: dict[str, Any] = (
     | _names(INTERMEDIATE, "intermediate_size n_inner ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size")
     | _names(INTERMEDIATE, "moe_intermediate_size dense_intermediate_size shared_expert_intermediate_size dim_ff dff")
     | _names(INTERMEDIATE, "mlp_hidden_size block_ff_dim moe_shared_expert_intermediate_size intermediate_size_mlp")
-    | _names(INTERMEDIATE, "feed_forward_size block_auto_adjust_ff_dim_ shared_intermediate_size expert_ffn_hidden_size")
+    | _names(
+        INTERMEDIATE, "feed_forward_size block_auto_adjust_ff_dim_ shared_intermediate_size expert_ffn_hidden_size"
+    )
     | _names(INTERMEDIATE, "mlp_ffn_hidden_size mamba_d_ssm d_inner_ expert_ffn_size moe_ffn_hidden_size")
     | _names(HEADS, "num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads")
     | _names(HEADS, "num_encoder_attention_heads num_decoder_attention_heads attention_heads swa_num_attention_heads")
     | _names(KV_HEADS, "num_key_value_heads n_kv_heads num_kv_heads kv_n_heads swa_num_key_value_heads")
     | _names(HEAD_DIM, "head_dim attention_head_dim d_kv kv_channels swa_head_dim swa_v_head_dim d_head_")
-    | _names(HEAD_DIM, "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim global_head_dim")
-    | _names(HEAD_DIM, "mamba_d_head mamba_head_dim mamba_d_state ssm_state_size mamba_headdim state_size time_step_rank_")
+    | _names(
+        HEAD_DIM,
+        "qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim global_head_dim",
+    )
+    | _names(
+        HEAD_DIM, "mamba_d_head mamba_head_dim mamba_d_state ssm_state_size mamba_headdim state_size time_step_rank_"
+    )
     | _names(8, "rotary_dim hidden_size_per_layer_input mamba_n_heads mamba_num_heads n_mamba_heads_")
-    | _names(32, "index_head_dim q_lora_rank kv_lora_rank o_lora_rank vocab_size_per_layer_input_ mamba_chunk_size chunk_size")
+    | _names(
+        32,
+        "index_head_dim q_lora_rank kv_lora_rank o_lora_rank vocab_size_per_layer_input_ mamba_chunk_size chunk_size",
+    )
     | _names(LAYERS, "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers")
     | _names(LAYERS, "num_encoder_layers decoder_num_hidden_layers encoder_num_hidden_layers depth")
     | _names(EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts moe_num_experts_ n_experts")
@@ -50,7 +61,9 @@ SIZES: dict[str, Any] = (
     | _names(1, "n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace mamba_n_groups n_groups")
     | _names(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size")
     | _names(WINDOW, "sliding_window attention_chunk_size local_attention window_size_ attention_window_size")
-    | _names(POSITIONS, "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx max_source_positions")
+    | _names(
+        POSITIONS, "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx max_source_positions"
+    )
     | _names(POSITIONS, "max_target_positions seq_length_ max_sequence_len seq_len_")
     | {"index_topk": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     | {"image_token_id": 3, "image_size": 128, "patch_size": 8, "use_cache": False, "attn_layer_period": 2}
@@ -97,7 +110,7 @@ def tiny_config(arch: str, kind: Kind) -> Any:
 
 
 def build(arch: str, kind: Kind, implementation: str) -> Any:
-    """A tiny random fp32 model in eval mode on the CPU. Raises ``ModelError`` with the first line of what went wrong."""
+    """A tiny random fp32 model in eval mode on the CPU. Raises ``ModelError`` with what went wrong."""
     import torch
     import transformers
 
@@ -129,7 +142,7 @@ def build(arch: str, kind: Kind, implementation: str) -> Any:
 
 
 def _settle(model: Any) -> None:
-    """Parameters that a constructor left unset (gates, sinks, positions) get small values, so that all have an effect."""
+    """Parameters that a constructor left unset (gates, sinks, positions) get small values."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -150,9 +163,9 @@ def _shrunk(default: Any, kind: Kind) -> Any:
     known = set(held) | set(mapped)
     fields = {name: value for name, value in SIZES.items() if name in known and not _derived(made, name)}
     for name in list(fields):  # None means "as another size" or "not used": keep it so
-        if held.get(name) is None and name not in ("head_dim", "n_inner", "pad_token_id", "num_key_value_heads"):
-            del fields[name]
-        elif isinstance(held.get(name), list | tuple) and not isinstance(fields[name], list):
+        unused = held.get(name) is None and name not in _SET_ANYWAY
+        several = isinstance(held.get(name), list | tuple) and not isinstance(fields[name], list)
+        if unused or several:
             del fields[name]
     for alias, name in mapped.items():
         if alias in fields and name in fields:
@@ -222,4 +235,8 @@ def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, at most 200 characters."""
     lines = str(error).strip().splitlines()
     text = " ".join(lines[0].split())[:200] if lines else ""
-    return f"{type(error).__name__}: {text}" if text and not isinstance(error, ModelError) else text or type(error).__name__
+    return (
+        f"{type(error).__name__}: {text}"
+        if text and not isinstance(error, ModelError)
+        else text or type(error).__name__
+    )
