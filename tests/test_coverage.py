@@ -18,7 +18,7 @@ from sparsepass.coverage.architectures import Kind, architectures
 from sparsepass.coverage.count import AttentionCounter
 from sparsepass.coverage.inputs import Call, Phase, own_model, phases_of
 from sparsepass.coverage.measure import measure
-from sparsepass.coverage.reasons import CAPTURED_LESS, NOTHING_LEFT_OUT, general
+from sparsepass.coverage.reasons import NOT_SEEN, NOTHING_LEFT_OUT, general
 from sparsepass.coverage.run import SAMPLE, CoverageOptions, tasks
 from sparsepass.coverage.store import Sweep
 from sparsepass.coverage.tables import markdown, reasons, text, totals
@@ -104,7 +104,7 @@ def test_few_blocks_are_not_taken_for_rewritten() -> None:
 def test_scores_across_a_graph_break_are_not_lost() -> None:
     record = own("break")
     assert (record["sites"], record["rewritten"]) == (1, 0)
-    assert record["reasons"] == {CAPTURED_LESS: 1}
+    assert record["reasons"] == {NOT_SEEN: 1}
 
 
 def test_no_attention_is_no_site() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import fx
 from torch.overrides import TorchFunctionMode
 
 SHORTEST = 48
@@ -31,6 +33,7 @@ class AttentionCounter(TorchFunctionMode):
         self.features = frozenset(features)
         self.sites: Counter[str] = Counter()
         self.shapes: Counter[tuple[str, int, int]] = Counter()
+        self._scores: weakref.ref[torch.Tensor] | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,12 +63,29 @@ class AttentionCounter(TorchFunctionMode):
         dim = args[1] if len(args) > 1 else given.get("dim", -1)
         if not isinstance(scores, torch.Tensor) or scores.ndim < 3 or not isinstance(dim, int):
             return
+        if self._scores is not None and self._scores() is scores:  # its logsumexp, besides its softmax
+            return
         size = scores.shape[dim]
         if size < SHORTEST or size in self.features or not scores.is_floating_point():
             return
+        self._scores = weakref.ref(scores)
         rows = scores.shape[-2] if dim in (-1, scores.ndim - 1) else scores.numel() // size
         self._add("softmax", rows, size)
 
     def _add(self, what: str, rows: int, keys: int) -> None:
         self.sites[what] += 1
         self.shapes[what, int(rows), int(keys)] += 1
+
+
+def anchors(gm: fx.GraphModule) -> int:
+    """Nodes of a captured graph, and of graphs inside it, that call SDPA or a softmax over long rows of scores."""
+    found = 0
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            held = node.meta.get("example_value")
+            if node.op not in ("call_function", "call_method") or not isinstance(held, torch.Tensor):
+                continue
+            long = held.ndim > 2 and isinstance(held.shape[-1], int) and held.shape[-1] >= SHORTEST
+            found += name in (_SDPA, _COMPOSITE) or (name in _SOFTMAX and name != "logsumexp" and long)
+    return found

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from sparsepass import dynamo
 from sparsepass import options as names
 from sparsepass.counters import Counts
-from sparsepass.coverage.count import SHORTEST, AttentionCounter
+from sparsepass.coverage.count import SHORTEST, AttentionCounter, anchors
 from sparsepass.coverage.inputs import Call
-from sparsepass.coverage.reasons import CAPTURED_LESS, CAPTURED_MORE, NOTHING_LEFT_OUT, general
+from sparsepass.coverage.reasons import CAPTURED_LESS, CAPTURED_MORE, NOT_SEEN, NOTHING_LEFT_OUT, general
 from sparsepass.coverage.tiny import HIDDEN, INTERMEDIATE, VOCABULARY
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.policy import Policy
@@ -46,6 +46,8 @@ class TwoBudgets:
     def __init__(self, fused: bool = False) -> None:
         self.active = 0
         self.graphs: list[tuple[Any, Any]] = []
+        self.anchors = 0
+        """Softmax and SDPA nodes in the graphs that ran in the last call, each as often as it ran."""
         self.fused: int | None = 0 if fused else None
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Any:
@@ -56,7 +58,13 @@ class TwoBudgets:
         self.graphs.append((made[0], made[1]))
         if self.fused is not None:
             self.fused += dynamo.fused_attention(gm, examples)
-        return lambda *args: made[self.active](*args)
+        inside = anchors(gm)
+
+        def call(*args: Any) -> Any:
+            self.anchors += inside
+            return made[self.active](*args)
+
+        return call
 
     def compiled(self) -> list[CompiledGraph]:
         """The graphs at the density in force that hold attention."""
@@ -103,6 +111,7 @@ def _run(compiled: Any, both: TwoBudgets, call: Call) -> tuple[Any, dict[int, tu
     """The output, and how often each graph had run and what it had counted before."""
     before = {id(graph): (graph.runs, graph.counts()) for graph in both.compiled()}
     args, kwargs = call.arguments()
+    both.anchors = 0
     torch.manual_seed(0)
     return compiled(*args, **kwargs), before
 
@@ -140,6 +149,10 @@ def _sites(
         for skip in graph.findings.refused:
             reasons[general(skip.reason)] += runs
             seen += runs
+    unseen = max(min(both.anchors, expected) - seen, 0)
+    if unseen:
+        reasons[NOT_SEEN] += unseen
+        seen += unseen
     if seen < expected:
         reasons[CAPTURED_LESS] += expected - seen
     record = {"matched": matched, "rewritten": rewritten, "spellings": dict(spellings), "reasons": dict(reasons)}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 
-CAPTURED_LESS = "not in a captured graph, or in a spelling without a softmax or SDPA node there (graph break, loop)"
+CAPTURED_LESS = "not in a captured graph, or without a softmax or SDPA node there (graph break, loop, other spelling)"
+NOT_SEEN = (
+    "a captured softmax that is not taken for attention: no matmul of queries and keys is seen shortly before it "
+    "(baddbmm, einsum, a longer way, scores from another graph)"
+)
 CAPTURED_MORE = "{seen} sites in the captured graphs, {expected} counted in the eager run"
 NOTHING_LEFT_OUT = "the block-sparse op ran, but its mask has too few blocks to leave any out"
 
