@@ -63,9 +63,12 @@ def _serve(pipe: Connection) -> None:
             task = pipe.recv()
         except EOFError:
             return
-        for record in records_of(task):
-            pipe.send(record)
-        pipe.send(None)
+        try:
+            for record in records_of(task):
+                pipe.send(record)
+            pipe.send(None)
+        except BrokenPipeError:  # the sweep was ended
+            return
 
 
 class Worker:
