@@ -165,7 +165,7 @@ def _sites(
 
 def _difference(wanted: Any, got: Any, real: Any) -> Record:
     """The largest difference over the largest value, of every output of the same shape; padding is left out."""
-    worst = 0.0
+    worst, compared = 0.0, 0
     ours, theirs = _tensors(got), _tensors(wanted)
     if len(ours) != len(theirs):
         return {"error": f"the compiled model returns {len(ours)} tensors, the uncompiled one {len(theirs)}"}
@@ -177,11 +177,15 @@ def _difference(wanted: Any, got: Any, real: Any) -> Record:
             if mine.shape[:2] != real.shape:
                 continue
             mine, reference = mine[real], reference[real]
-        scale = reference.abs().max().clamp_min(1e-6)
-        gap = float(((mine - reference).abs().max() / scale).nan_to_num(float("inf")))
-        if not torch.isfinite(reference).all() and torch.equal(mine.isfinite(), reference.isfinite()):
-            continue
-        worst = max(worst, gap)
+        finite = reference.isfinite()
+        if not torch.equal(mine.isfinite(), finite):
+            worst = float("inf")
+        mine, reference = mine[finite], reference[finite]
+        if reference.numel():
+            compared += 1
+            worst = max(worst, float((mine - reference).abs().max() / reference.abs().max().clamp_min(1e-6)))
+    if not compared and not worst:
+        return {"error": "no floating-point output to compare with the uncompiled model's"}
     return {"difference": float(f"{worst:.2g}"), "equal": worst <= CLOSE}
 
 
