@@ -210,3 +210,19 @@ def known_inductor_modes() -> Iterable[str]:
     import torch._inductor as inductor_package
 
     return tuple(inductor_package.list_mode_options())
+
+
+def forget() -> None:
+    """Drop every compiled frame of this process: for measurements that compile one model after the other."""
+    torch._dynamo.reset()
+
+
+def fused_attention(gm: fx.GraphModule, examples: Sequence[Any]) -> int:
+    """How many attention sites Inductor's own ``fuse_attention`` replaces in a graph; no code is generated."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.compile_fx import compile_fx
+
+    before = counters["inductor"]["fuse_attention"]
+    twin, _ = clone(gm)
+    compile_fx(twin, list(examples), inner_compile=lambda inner, *args, **kwargs: inner.forward)
+    return int(counters["inductor"]["fuse_attention"] - before)

@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pipeline",
         "decorator inspection warmup",
         "bench",
-        "tune",
+        "tune coverage",
         "cli_bench",
         "cli",
     )
@@ -82,7 +82,8 @@ def module_of(path: Path) -> str:
 FILES = [
     path
     for folder in (
-        *("sparsepass", "sparsepass/bench", "sparsepass/methods", "sparsepass/testing", "sparsepass/tune"),
+        *("sparsepass", "sparsepass/bench", "sparsepass/coverage", "sparsepass/methods", "sparsepass/testing"),
+        "sparsepass/tune",
         *("kernels", "patterns"),
     )
     for path in sorted((ROOT / folder).glob("*.py"))

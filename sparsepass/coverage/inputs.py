@@ -1,0 +1,108 @@
+"""Inputs of each phase, made anew for each call: caches are written to."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sparsepass.coverage.architectures import Kind
+from sparsepass.coverage.tiny import VOCABULARY
+from sparsepass.errors import OptionError
+
+BATCH = 2
+
+
+class Phase(StrEnum):
+    """What a tiny model is asked to do."""
+
+    PREFILL = "prefill"
+    PADDED = "padded"
+    DECODE = "decode"
+    OWN = "own"
+    """The one call of a model of the user's own."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model: ``arguments()`` makes its inputs. ``real``: bool [B, S], False at padding, if any."""
+
+    arguments: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    real: Any = None
+
+
+def phases_of(kind: Kind) -> tuple[Phase, ...]:
+    """The phases that a kind of model has."""
+    if kind is Kind.VISION:
+        return (Phase.PREFILL,)
+    if kind is Kind.DECODER:
+        return (Phase.PREFILL, Phase.PADDED, Phase.DECODE)
+    return (Phase.PREFILL, Phase.PADDED)
+
+
+def call_for(model: Any, kind: Kind, phase: Phase, length: int) -> Call:
+    """The call of a phase. Decode runs the prefill here, uncompiled, and is the next step."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    if kind is Kind.VISION:
+        config = model.config
+        size = getattr(config, "image_size", 128)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+        return Call(lambda: ((), {"pixel_values": pixels}))
+    ids = torch.randint(4, VOCABULARY - 16, (BATCH, length), generator=generator)
+    given: dict[str, Any] = {"input_ids": ids}
+    real = None
+    if phase is Phase.PADDED:
+        mask = torch.ones(BATCH, length, dtype=torch.int64)
+        pad = length // 4
+        mask[0, slice(0, pad) if kind is Kind.DECODER else slice(length - pad, length)] = 0
+        given["attention_mask"] = mask
+        real = mask.bool()
+    if kind is Kind.ENCODER_DECODER:
+        given["decoder_input_ids"] = torch.randint(4, VOCABULARY - 16, (BATCH, length - 34), generator=generator)
+        given["use_cache"] = False
+        return Call(lambda: ((), dict(given)))
+    if kind is Kind.DECODER:
+        given["use_cache"] = False
+    if phase is Phase.DECODE:
+        return Call(lambda: ((), _after_prefill(model, ids)))
+    return Call(lambda: ((), dict(given)), real)
+
+
+def _after_prefill(model: Any, ids: Any) -> dict[str, Any]:
+    out = model(input_ids=ids, use_cache=True)
+    for name in ("past_key_values", "cache_params", "mems", "state", "past_buckets_states"):
+        held = getattr(out, name, None)
+        if held is not None:
+            return {"input_ids": ids[:, -1:], name: held, "use_cache": True}
+    raise ValueError("the output of the prefill has no cache")
+
+
+def own_model(text: str) -> tuple[Any, Call]:
+    """A model of the user's own: ``module:function`` or ``file.py:function`` names what returns (model, inputs).
+
+    The inputs are a dict of keyword arguments, a tuple of positional ones, or one tensor. Raises ``OptionError``.
+    """
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise OptionError(f"--model is {text!r}; accepted is module:function, or file.py:function.")
+    try:
+        if place.endswith(".py"):
+            file = Path(place).resolve()
+            sys.path.insert(0, str(file.parent))
+            place = file.stem
+        elif "" not in sys.path:
+            sys.path.insert(0, "")
+        made = getattr(importlib.import_module(place), name)()
+        model, inputs = made
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise OptionError(f"--model {text!r}: {error}. Accepted is a function that returns (model, inputs).") from error
+    if isinstance(inputs, dict):
+        return model, Call(lambda: ((), dict(inputs)))
+    return model, Call(lambda: (inputs if isinstance(inputs, tuple) else (inputs,), {}))

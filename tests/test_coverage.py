@@ -1,0 +1,258 @@
+"""The sweep over architectures: what is counted, what counts as rewritten, a sample of models, and the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from typer.testing import CliRunner
+
+from sparsepass.cli import app
+from sparsepass.coverage.architectures import Kind, architectures
+from sparsepass.coverage.count import AttentionCounter
+from sparsepass.coverage.inputs import Call, Phase, own_model, phases_of
+from sparsepass.coverage.measure import measure
+from sparsepass.coverage.reasons import NOT_SEEN, NOTHING_LEFT_OUT, general
+from sparsepass.coverage.run import SAMPLE, CoverageOptions, tasks
+from sparsepass.coverage.store import Sweep
+from sparsepass.coverage.tables import markdown, reasons, text, totals
+from sparsepass.coverage.worker import Task, Worker, records_of
+from sparsepass.errors import OptionError
+
+LENGTH = 450
+
+
+class Attend(nn.Module):
+    """Self-attention [B, H, S, D], causal, written in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "sdpa":
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        scores = x @ x.transpose(-2, -1) * 0.25
+        if self.way == "sums":  # no softmax and no SDPA: nothing that is counted
+            return torch.sigmoid(scores) @ x
+        if self.way == "squared":
+            scores = scores.square()
+        if self.way == "break":
+            torch._dynamo.graph_break()
+        return scores.softmax(-1) @ x
+
+
+def own(way: str, length: int = LENGTH) -> dict[str, Any]:
+    x = torch.randn(1, 2, length, 16, generator=torch.Generator().manual_seed(0))
+    return measure(Attend(way), Call(lambda: ((x,), {})))
+
+
+def test_attention_is_counted_by_shape() -> None:
+    with AttentionCounter((64,)) as counted:
+        x = torch.randn(2, 4, 100, 16)
+        F.scaled_dot_product_attention(x, x, x)
+        (x @ x.mT).softmax(-1)
+        torch.softmax(x @ x.mT, dim=-1)
+        F.softmax(x @ x.mT, dim=-1)
+        torch.logsumexp(x @ x.mT, dim=-1)
+        assert dict(counted.sites) == {"sdpa": 1, "softmax": 4}
+        torch.randn(2, 100, 8).softmax(-1)  # a router
+        torch.randn(2, 100, 64).softmax(-1)  # features
+        torch.randn(200, 500).softmax(-1)  # logits
+        F.scaled_dot_product_attention(x[:, :, :4], x[:, :, :4], x[:, :, :4])  # over layers
+        assert sum(counted.sites.values()) == 5
+    assert counted.shapes["softmax", 100, 100] == 4
+
+
+def test_multihead_attention_of_torch_is_counted_once() -> None:
+    module = nn.MultiheadAttention(32, 2, batch_first=True)
+    x = torch.randn(2, 100, 32)
+    for weights in (True, False):
+        with AttentionCounter() as counted:
+            module(x, x, x, need_weights=weights)
+        assert sum(counted.sites.values()) == 1, weights
+
+
+@pytest.mark.parametrize("way", ["sdpa", "softmax"])
+def test_what_is_rewritten_computes_fewer_blocks_and_equals_eager(way: str) -> None:
+    record = own(way)
+    assert (record["sites"], record["matched"], record["rewritten"]) == (1, 1, 1)
+    assert record["equal"]
+    assert 0.3 < record["density"] < 0.8
+    assert record["reasons"] == {}
+
+
+def test_what_is_not_matched_has_its_near_miss() -> None:
+    record = own("squared")
+    assert (record["sites"], record["matched"], record["rewritten"]) == (1, 0, 0)
+    assert sum(record["reasons"].values()) == 1
+    assert "square" in next(iter(record["reasons"]))
+
+
+def test_few_blocks_are_not_taken_for_rewritten() -> None:
+    record = own("sdpa", 64)
+    assert record["rewritten"] == 0
+    assert record["reasons"] == {NOTHING_LEFT_OUT: 1}
+
+
+def test_scores_across_a_graph_break_are_not_lost() -> None:
+    record = own("break")
+    assert (record["sites"], record["rewritten"]) == (1, 0)
+    assert record["reasons"] == {NOT_SEEN: 1}
+
+
+def test_no_attention_is_no_site() -> None:
+    record = own("sums")
+    assert (record["sites"], record["matched"], record["reasons"]) == (0, 0, {})
+
+
+def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the op broken, the comparison at density 1 must fail."""
+    from sparsepass import ops
+    from sparsepass.kernels.dispatch import block_sparse_attention as right
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out, lse = right(*args, **kwargs)
+        return out * 1.01, lse
+
+    monkeypatch.setattr(ops, "block_sparse_attention", wrong)
+    record = own("sdpa")
+    assert not record["equal"]
+    assert record["difference"] > 1e-3
+
+
+def test_reasons_are_the_same_for_every_model() -> None:
+    assert general("expected add, found sub at 'sub_12'") == "expected add, found sub at 'sub'"
+    assert general("expected add, found sub at 'combined_logits_1'") == general(
+        "expected add, found sub at 'combined_logits'"
+    )
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(OptionError, match="llama"):
+        architectures((), ("lama",))
+    assert (Kind.DECODER, "llama") in architectures(())
+    assert architectures((), ("t5",)) == [(Kind.ENCODER_DECODER, "t5")]
+
+
+def test_the_sample_has_each_model_once() -> None:
+    chosen = tasks(CoverageOptions(sample=True, phases=("prefill",)))
+    assert sorted(task.arch for task in chosen) == sorted(SAMPLE)
+    assert {task.kind for task in chosen} == set(Kind)
+
+
+def record(arch: str, **more: Any) -> dict[str, Any]:
+    head = {"kind": "decoder", "arch": arch, "implementation": "sdpa", "phase": "prefill"}
+    return head | {"sites": 2, "matched": 2, "rewritten": 2, "reasons": {}, "equal": True, "difference": 1e-7} | more
+
+
+def test_tables_count_and_list() -> None:
+    records = [
+        record("a"),
+        record("b", matched=1, rewritten=0, reasons={"why | not": 2}),
+        record("c", equal=False, difference=0.5),
+        record("d", sites=0, matched=0, rewritten=0),
+        {**record("e"), "error": "did not build", "stage": "build"},
+        {**record("f"), "error": "no sdpa", "stage": "absent"},
+    ]
+    assert totals(records) == [("decoder", "sdpa", "prefill", 3, 6, 5, 4, 1)]
+    assert reasons(records) == [("why | not", 2, ["b"])]
+    table = markdown(records, Sweep({"torch": "2"}, {"length": LENGTH}))
+    assert "| decoder | sdpa | prefill | 3 | 6 | 5 (83.3%) | 4 (66.7%) | 1 |" in table
+    assert "why \\| not" in table
+    assert "| c (decoder, sdpa, prefill) | 5.0e-01 |" in table
+    assert "did not build" in table
+    assert "no sdpa" not in table
+    assert "1 models DIFFER" in text(records)
+
+
+def test_the_file_is_read_back(tmp_path: Path) -> None:
+    sweep = Sweep({"torch": "2"}, {"length": 1})
+    sweep.add(record("a"))
+    sweep.add(record("a", matched=1))
+    sweep.save(tmp_path / "x.json")
+    assert Sweep.load(tmp_path / "x.json") == sweep
+    assert len(sweep.records) == 1
+    (tmp_path / "y.json").write_text("{}")
+    with pytest.raises(OptionError, match="no result"):
+        Sweep.load(tmp_path / "y.json")
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    source = "import torch\nfrom torch import nn\n"
+    source += "def made():\n    m = nn.MultiheadAttention(32, 2, batch_first=True).eval()\n"
+    source += "    x = torch.randn(1, 300, 32)\n    return m, (x, x, x)\n"
+    (tmp_path / "my_attention_model.py").write_text(source)
+    result = CliRunner().invoke(app, ["coverage", "--model", f"{tmp_path}/my_attention_model.py:made", "--json"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["records"]
+    assert found["sites"] == 1
+    for wrong in ("made", "no_such_module_here:made", f"{tmp_path}/my_attention_model.py:other"):
+        with pytest.raises(OptionError, match="--model"):
+            own_model(wrong)
+
+
+def test_what_does_not_build_is_a_record() -> None:
+    found = list(records_of(Task(Kind.DECODER, "no_such_model", (("sdpa", Phase.PREFILL),), LENGTH)))
+    assert [one["stage"] for one in found] == ["build"]
+    assert "no tiny configuration" in found[0]["error"]
+
+
+@pytest.mark.slow
+def test_a_task_past_its_limit_is_recorded() -> None:
+    with Worker(limit=0.5) as worker:
+        found = list(worker.run(Task(Kind.DECODER, "llama", (("sdpa", Phase.PREFILL),), LENGTH)))
+        assert [one["error"] for one in found] == ["took longer than 0.5 s for this architecture"]
+
+
+SHARE = {
+    ("llama", "sdpa"): 1.0,
+    ("qwen3", "eager"): 1.0,
+    ("gemma2", "eager"): 0.0,
+    ("gpt2", "eager"): 0.0,
+    ("opt", "sdpa"): 1.0,
+    ("bert", "eager"): 1.0,
+    ("t5", "eager"): 0.0,
+    ("vit", "sdpa"): 1.0,
+}
+"""Share of the sites that is rewritten at least, in prefill and padded prefill. Raise these as the patterns grow."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "attn"), SHARE)
+def test_sample(arch: str, attn: str) -> None:
+    check(arch, attn, SHARE[arch, attn])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("COVERAGE_ALL"), reason="an hour; COVERAGE_ALL=1 runs it")
+@pytest.mark.timeout(6 * 3600)
+def test_every_architecture(tmp_path: Path) -> None:
+    """No output differs from eager, and every site that is not rewritten has its reason."""
+    result = CliRunner().invoke(app, ["coverage", "--out", str(tmp_path / "all.json")])
+    assert result.exit_code == 0, result.output
+    for found in Sweep.load(tmp_path / "all.json").records.values():
+        accounted(found)
+
+
+def check(arch: str, attn: str, share: float) -> None:
+    kind = next(task.kind for task in tasks(CoverageOptions(sample=True)) if task.arch == arch)
+    phases = [phase for phase in phases_of(kind) if phase is not Phase.DECODE]
+    for found in records_of(Task(kind, arch, tuple((attn, phase) for phase in phases), LENGTH)):
+        assert "error" not in found, found
+        assert found["sites"] > 0, found
+        assert found["rewritten"] >= share * found["sites"], found
+        assert found["equal"], found
+        accounted(found)
+
+
+def accounted(found: dict[str, Any]) -> None:
+    if "error" not in found and found["phase"] != "decode":
+        assert found["rewritten"] + sum(found["reasons"].values()) >= found["sites"], found
+        assert all(found["reasons"]), found
