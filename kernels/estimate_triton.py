@@ -20,10 +20,9 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.prepared import run_prepared
 from sparsepass.kernels.spec import capability_of, refuse_unsupported
+from sparsepass.kernels.windows import WINDOW
 
 LOG2E = 1.4426950408889634
-WINDOW = 64
-"""Consecutive queries per window: the rows of one tile."""
 CHANGING = (*VARYING, "key_tiles", "windows", "diagonals", "first_diagonal", "queries")
 
 
@@ -170,14 +169,18 @@ def _estimate(
                 weights = tl.math.exp2(scores - tl.where(sound, lse, 0.0)[:, None])
                 weights = tl.where(sound[:, None], weights, 0.0)
                 column += tl.sum(weights, 0)
-                # Turning row r left by r puts the diagonal c - r = j into column j; what wraps belongs to j - BLOCK_N.
+                # Turning row r left by r puts the diagonal c - r = j into column j; what wraps around ``turn`` times
+                # belongs to j - turn * BLOCK_N.
                 source = at[None, :] + lane[:, None]
-                wraps = source >= BLOCK_N
                 turned = tl.gather(weights, source % BLOCK_N, 1)
                 parts = parts_ptr + ((plane * windows + window) * key_tiles + tile) * (BLOCK_N + WINDOW)
-                tl.store(parts + WINDOW + at, tl.sum(tl.where(wraps, 0.0, turned), 0))
-                before = tl.sum(tl.where(wraps, turned, 0.0), 0)
-                tl.store(parts + WINDOW - BLOCK_N + at, before, mask=at >= BLOCK_N - WINDOW)
+                for turn in tl.static_range((BLOCK_N + WINDOW - 2) // BLOCK_N + 1):
+                    diagonal = at + WINDOW - turn * BLOCK_N
+                    part = tl.where(source >= turn * BLOCK_N, turned, 0.0)
+                    if (turn + 1) * BLOCK_N < BLOCK_N + WINDOW - 1:  # else this is the last turn
+                        part = tl.where(source < (turn + 1) * BLOCK_N, part, 0.0)
+                    part = tl.sum(part, 0)
+                    tl.store(parts + diagonal, part, mask=diagonal >= 0)
             else:
                 top = tl.max(scores, 1)
                 base = tl.where(top == float("-inf"), 0.0, top)
@@ -231,10 +234,10 @@ def _add_diagonals(
     total = tl.zeros([CHUNK], tl.float32)
     for window in range(windows):
         start = tl.load(starts_ptr + item * windows + window)
-        # Shifted so that it is not negative where a tile may hold it; one tile before also may, past its BLOCK_N.
+        # Shifted so that it is not negative where a tile may hold it; tiles before may too, past their BLOCK_N.
         place = first_diagonal + index + start + WINDOW
         base = parts_ptr + (plane * windows + window) * key_tiles * (BLOCK_N + WINDOW)
-        for back in tl.static_range(2):
+        for back in tl.static_range((WINDOW + 2 * BLOCK_N - 1) // BLOCK_N):
             tile = tl.where(place >= 0, place, -BLOCK_N) // BLOCK_N - back
             within = place - tile * BLOCK_N
             there = (place >= 0) & (tile >= 0) & (tile < key_tiles) & (within < BLOCK_N + WINDOW)
@@ -280,6 +283,10 @@ def estimate_cuda(
         "first_diagonal": first_diagonal,
         "diagonals": diagonals,
     }
+    if q.dtype == torch.float32:  # half a window at a time, as more would not stay in registers
+        half = WINDOW // 2
+        starts = torch.cat([starts, starts + half], 1)
+        counts = torch.cat([counts.clamp(max=half), (counts - half).clamp(min=0)], 1)
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
         launches, *outputs = estimate_launches(
@@ -307,7 +314,7 @@ def estimate_launches(
     first_diagonal: int,
     diagonals: int,
 ) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches of ``estimate_cuda`` and the sums that they fill."""
+    """The launches of ``estimate_cuda`` and the sums that they fill. In float32 a window has 32 queries at most."""
     host.check_shapes(q, k, None, offset, 128, 128)
     q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
     refuse_unsupported("estimate_cuda", q)
@@ -321,13 +328,14 @@ def estimate_launches(
     look = 32 if wide else 64 if block_d > 128 or major != 9 else 128
     block_n = look if major == 9 else min(look, 64)
     look_tiles, key_tiles = ceil_div(kv_len, look), ceil_div(kv_len, block_n)
-    queries = windows * WINDOW
+    rows = WINDOW // 2 if wide else WINDOW
+    queries = windows * rows
     f32 = torch.float32
     tops = q.new_empty(batch, heads, queries, look_tiles, dtype=f32)
     sums = q.new_empty(batch, heads, queries, look_tiles, dtype=f32)
     lse = q.new_empty(batch, heads, queries, dtype=f32)
     columns = q.new_empty(batch, heads, kv_len, dtype=f32)
-    parts = q.new_empty(batch, heads, windows, key_tiles, block_n + WINDOW, dtype=f32)
+    parts = q.new_empty(batch, heads, windows, key_tiles, block_n + rows, dtype=f32)
     found = q.new_empty(batch, heads, diagonals, dtype=f32)
     arguments: dict[str, Any] = {
         "q_ptr": q,
@@ -355,10 +363,10 @@ def estimate_launches(
         "windows": windows,
         "kv_heads": kv_heads,
         "group": heads // kv_heads,
-        "WINDOW": WINDOW,
+        "WINDOW": rows,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "DIM_STEP": min(block_d, 16 if major == 8 else 32) if wide else block_d,
+        "DIM_STEP": 16 if wide else block_d,
         "HAS_SEGMENTS": kv_segments is not None,
         "HAS_Q_SEGMENTS": q_segments is not None,
         "PRECISION": "tf32x3",
@@ -377,7 +385,7 @@ def estimate_launches(
         "heads": heads,
         "CHUNK": 1024,
         "BLOCK_N": block_n,
-        "WINDOW": WINDOW,
+        "WINDOW": rows,
     }
     launches = [
         Launch(_estimate, (look_tiles, kv_heads, batch), first, {"num_warps": 8, "num_stages": 2}),

@@ -102,7 +102,8 @@ def keep_best_cpu(
         before = mass.cumsum(-1) - mass
         goal = mass.sum(-1, keepdim=True) * share[..., None]
         floor_count = 0 if least is None else least[..., None]
-        kept = kept & ((before < goal) | (place < floor_count) | (ordered == 0x7FFFFFFF))
+        # Rounding may keep the sum under the goal to the end: what has no mass is still not needed.
+        kept = kept & (((before < goal) & (mass > 0)) | (place < floor_count) | (ordered == 0x7FFFFFFF))
     kept = kept & (ordered != -0x80000000)
     if width:
         kept = kept & (place < width)
