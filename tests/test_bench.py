@@ -402,12 +402,12 @@ def test_an_implementation_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> Non
     used: list[str] = []
     real = dispatch.block_sparse_attention
 
-    def attention(*tensors: Any, implementation: str = "", **options: Any) -> Any:
+    def attention(*tensors: Any, implementation: str, **options: Any) -> Any:
         used.append(implementation)
-        return real(*tensors, **options)
+        return real(*tensors, implementation="auto", **options)
 
     monkeypatch.setattr(dispatch, "block_sparse_attention", attention)
-    monkeypatch.setattr(dispatch, "implementations", lambda device: ("hopper", "triton"), raising=False)
+    monkeypatch.setattr(dispatch, "implementations", lambda device: ("auto", "hopper", "triton"))
     assert ours.implementations(CPU) == ("auto", "hopper", "triton")
     one = problem()
     ours.check_implementation("hopper", CPU)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -20,18 +19,7 @@ AUTO = "auto"
 
 def implementations(device: torch.device) -> tuple[str, ...]:
     """Names that ``implementation=`` of the attention takes on a device, ``auto`` first."""
-    return (AUTO, *(name for name in _names(device) if name != AUTO))
-
-
-def _names(device: torch.device) -> tuple[str, ...]:
-    listed = getattr(dispatch, "implementations", None)
-    if listed is not None:
-        return tuple(listed(device))
-    if device.type == "cuda":
-        from sparsepass.kernels import attend_triton
-
-        return tuple(getattr(attend_triton, "IMPLEMENTATIONS", ()))
-    return ()
+    return dispatch.implementations(device)
 
 
 def check_implementation(name: str, device: torch.device) -> None:
@@ -44,17 +32,8 @@ def check_implementation(name: str, device: torch.device) -> None:
 def attend(problem: Problem, lists: BlockLists, implementation: str = AUTO, counter: Tensor | None = None) -> Tensor:
     """Attention over given lists. Raises ``KernelInputError`` if the implementation named does not take them."""
     tensors = (problem.query, problem.key, problem.value)
-    options: dict[str, Any] = {"scale": problem.shape.scale, "counter": counter}
-    if implementation == AUTO:
-        return dispatch.block_sparse_attention(*tensors, lists, visible=problem.visible, **options)[0]
-    options["implementation"] = implementation
-    if "implementation" in inspect.signature(dispatch.block_sparse_attention).parameters:
-        return dispatch.block_sparse_attention(*tensors, lists, visible=problem.visible, **options)[0]
-    from sparsepass.kernels.attend_triton import block_sparse_attention_cuda
-
-    options |= {**problem.visible.arguments(), "q_block": lists.q_block, "kv_block": lists.kv_block}
-    query, key, value = tensors
-    return block_sparse_attention_cuda(query, key, value, lists.kv_num_blocks, lists.kv_indices, **options)[0]
+    options: dict[str, Any] = {"scale": problem.shape.scale, "counter": counter, "implementation": implementation}
+    return dispatch.block_sparse_attention(*tensors, lists, visible=problem.visible, **options)[0]
 
 
 def select(problem: Problem, method: Method, counter: Tensor | None = None) -> BlockLists:
