@@ -43,5 +43,5 @@ class Full(Method):
         from sparsepass.kernels.dispatch_select import select_scored
         from sparsepass.kernels.rules import Rule
 
-        everything = Rule("window", float(1 << 30), sink=0)
+        everything = Rule("window", float(1 << 29), sink=0)  # more tokens than the kernels address
         return select_scored(query, key, scale=scale, visible=visible, rule=everything, block=None, counter=counter)
