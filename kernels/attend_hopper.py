@@ -22,18 +22,32 @@ log = logging.getLogger("sparsepass")
 
 
 class HopperTile(NamedTuple):
-    """Head size as computed (smaller ones are filled up with zeros), keys per step, slots of the ring, of queries."""
+    """Head size as computed (smaller ones are filled up with zeros), keys per step, slots of the ring, of queries.
+
+    ``residents``: programs that share one multiprocessor. ``registers``: those of a computing thread;
+    ``entry_registers``: of every thread when the program starts, 0 for as many as there are.
+    """
 
     dim: int
     keys: int
     slots: int
     q_slots: int
+    residents: int = 1
+    registers: int = 240
+    entry_registers: int = 0
 
 
-TILES = (HopperTile(64, 128, 4, 2), HopperTile(128, 128, 2, 2), HopperTile(256, 64, 2, 1))
-"""Sized to the 227 KB of shared memory that one program may have."""
+TILES = (
+    HopperTile(64, 128, 4, 2),
+    HopperTile(64, 64, 4, 2, residents=2, registers=112, entry_registers=80),
+    HopperTile(128, 128, 2, 2),
+    HopperTile(128, 64, 4, 2),
+    HopperTile(256, 64, 2, 1),
+)
+"""Sized to the 227 KB of shared memory that the programs on one multiprocessor have. Of a head size the first counts
+whose keys per step divide the block."""
 
-COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24
+LOAD_REGISTERS = 24
 CARRIED = [5, 5, 7]
 """Values that the loops over tiles carry: of the two computing warpgroups, and of the loading warp."""
 
@@ -66,11 +80,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, *, scale: float, q_block: int, kv_b
         return f"It takes a scale above 0, not {scale}."
     if q_block % ROWS:
         return f"It takes query blocks of {ROWS} tokens or a multiple, not of {q_block}."
-    tile = tile_for(max(q.shape[3], v.shape[3]))
-    if tile is None or tile_for(min(q.shape[3], v.shape[3])) != tile:
+    low, high = sorted((q.shape[3], v.shape[3]))
+    if high > TILES[-1].dim or tile_for(low, 128) != tile_for(high, 128):
         return f"It takes head sizes up to {TILES[-1].dim}, not {q.shape[3]} with values of {v.shape[3]}."
-    if kv_block % tile.keys:
-        return f"It takes key blocks of {tile.keys} tokens or a multiple, not of {kv_block}."
+    if tile_for(high, kv_block) is None:
+        return f"It takes key blocks of {min(tile.keys for tile in TILES)} tokens or a multiple, not of {kv_block}."
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _copyable(x):
             return f"The copy engine needs rows aligned to 16 bytes; {name} has strides {x.stride()}."
@@ -85,8 +99,10 @@ def _copyable(x: Tensor) -> bool:
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and not any(n > 1 and (s % 8 or s <= 0) for s, n in outer)
 
 
-def tile_for(head_dim: int) -> HopperTile | None:
-    return next((tile for tile in TILES if head_dim <= tile.dim), None)
+def tile_for(head_dim: int, kv_block: int) -> HopperTile | None:
+    """The tile for a head size (the greater of D and Dv) and blocks of ``kv_block`` keys; None where none fits."""
+    dim = next((tile.dim for tile in TILES if head_dim <= tile.dim), None)
+    return next((tile for tile in TILES if tile.dim == dim and kv_block % tile.keys == 0), None)
 
 
 def descriptor(x: Tensor, rows: int, dim: int) -> Any:
@@ -114,8 +130,9 @@ def launch(
     scale: float,
     q_block: int,
     kv_block: int,
+    tile: HopperTile | None = None,
 ) -> Launch | str:
-    """The launch over ordered lists (``partition_launches``), or why there can be none.
+    """The launch over ordered lists (``partition_launches``), or why there can be none. ``tile`` overrides ``TILES``.
 
     ``redo`` int32, one per tile of 128 rows, is set to 1 where a value came out NaN or infinite: a hidden inf or NaN
     may have spoilt it. ``ticket`` int32 [1] is 0 when the kernel starts. ``common``: the arguments shared with the
@@ -128,10 +145,10 @@ def launch(
         return reason
     from sparsepass.kernels.hopper_gluon import attend_hopper
 
-    tile = tile_for(q.shape[3])
-    assert tile is not None
+    tile = tile_for(q.shape[3], kv_block) if tile is None else tile
+    assert tile is not None  # ``why_not`` has seen to it
     programs = redo.shape[0]
-    grid = min(programs, multiprocessors(q.device))
+    grid = min(programs, tile.residents * multiprocessors(q.device))
     names = (
         *("spans_ptr", "parted_ptr", "q_segments_ptr", "kv_segments_ptr", "q_segments_stride_b", "q_segments_stride_s"),
         *("kv_segments_stride_b", "kv_segments_stride_s", "span_stride_b", "span_stride_h", "q_len", "kv_len", "left"),
@@ -156,11 +173,18 @@ def launch(
         "SLOTS": tile.slots,
         "Q_SLOTS": tile.q_slots,
         "RETURN_LSE": lse is not None,
-        "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
+        "COMPUTE_REGISTERS": tile.registers,
         "LOAD_REGISTERS": LOAD_REGISTERS,
     }
-    found = Launch(attend_hopper, (grid,), arguments, {"num_warps": 4})
-    variant = (str(q.dtype), tile.dim, *(v for v in arguments.values() if isinstance(v, bool)), arguments["GROUP"])
+    options = {"num_warps": 4} | ({"maxnreg": tile.entry_registers} if tile.entry_registers else {})
+    found = Launch(attend_hopper, (grid,), arguments, options)
+    variant = (
+        str(q.dtype),
+        tile,
+        arguments["PER_BLOCK"],
+        *(v for v in arguments.values() if isinstance(v, bool)),
+        arguments["GROUP"],
+    )
     if variant not in _compiled:
         _compiled[variant] = _compile(found)
     return _compiled[variant] or found

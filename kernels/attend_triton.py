@@ -121,9 +121,10 @@ def attend_launches(
     return_lse: bool,
     counter: Tensor | None,
     tile: AttendTile | None = None,
+    hopper_tile: attend_hopper.HopperTile | None = None,
     implementation: str = "auto",
 ) -> tuple[list[Launch], Tensor, Tensor | None]:
-    """The launches of ``block_sparse_attention_cuda`` and the tensors they fill. ``tile`` overrides the tuned one."""
+    """The launches of ``block_sparse_attention_cuda`` and the tensors they fill. The tiles override the tuned ones."""
     host.check_shapes(q, k, v, offset, q_block, kv_block)
     host.check_lists(kv_num_blocks, kv_indices, q, q_block)
     host.check_counter(counter, q)
@@ -217,7 +218,20 @@ def attend_launches(
     if implementation != "triton":
         redo = spans.new_empty(programs)
         fast = attend_hopper.launch(
-            q, k, v, out, lse, parted, spans, redo, ticket, common, scale=scale, q_block=q_block, kv_block=kv_block
+            q,
+            k,
+            v,
+            out,
+            lse,
+            parted,
+            spans,
+            redo,
+            ticket,
+            common,
+            scale=scale,
+            q_block=q_block,
+            kv_block=kv_block,
+            tile=hopper_tile,
         )
     if isinstance(fast, Launch):
         launches.append(fast)

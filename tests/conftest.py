@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=_QUIET)
 settings.register_profile("deep", max_examples=500, deadline=None, suppress_health_check=_QUIET, print_blob=True)
+settings.register_profile("triage", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])  # no shrinking
 os.environ.setdefault("SPARSEPASS_TUNING", "off")  # what was measured on this machine must not change the tests
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -145,6 +145,8 @@ def tile_records(length: int, repetitions: int) -> list[dict[str, Any]]:
     for tile in TILES:
         try:
             launch, _ = mass_launch(query, means, None, None, mask["scale"], band, BLOCK, BLOCK, tile)
+            run_all([launch], query.device)
+            torch.cuda.synchronize()
             runs[str(tile)] = graphed(partial(run_all, [launch], query.device))
         except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
             print(f"{tile}: {str(error).splitlines()[0]}")

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from sparsepass.kernels.attend_hopper import COMPUTE_REGISTERS, LOAD_REGISTERS, HopperTile
+from sparsepass.kernels.attend_hopper import LOAD_REGISTERS, HopperTile
 from sparsepass.kernels.attend_triton import attend_launches
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.rules import Rule
@@ -74,7 +74,7 @@ def compile_hopper(tile: HopperTile, dtype: torch.dtype, *, segments: bool, kv_b
         "HAS_SEGMENTS": segments,
         "HAS_Q_SEGMENTS": segments,
         "RETURN_LSE": segments,
-        "COMPUTE_REGISTERS": COMPUTE_REGISTERS,
+        "COMPUTE_REGISTERS": tile.registers,
         "LOAD_REGISTERS": LOAD_REGISTERS,
     }
     signature: dict[str, str] = {}
@@ -91,7 +91,8 @@ def compile_hopper(tile: HopperTile, dtype: torch.dtype, *, segments: bool, kv_b
         else:
             signature[name] = "fp32" if name == "log2_scale" else "i32"
     source = GluonASTSource(attend_hopper, signature, constants, {})
-    return triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    options = {"num_warps": 4} | ({"maxnreg": tile.entry_registers} if tile.entry_registers else {})
+    return triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def resources(compiled: Any) -> dict[str, int]:
