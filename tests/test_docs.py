@@ -137,3 +137,20 @@ def test_results_are_written_between_the_markers(tmp_path: Path) -> None:
     assert body == f"before\n{module.BEGIN}\nnew\n{module.END}\nafter"
     with pytest.raises(ValueError, match="needs each of these lines once"):
         module.updated("no markers", "")
+
+
+def test_tables_of_curves_and_lines_say_what_was_measured() -> None:
+    module = results()
+    environment = {"device": "a GPU", "versions": {"torch": "2.11"}, "command": "python x.py"}
+    found = {"length": 131072, "curve": "Theirs", "variant": "alpha 0.08", "default": True, "error": 0.03}
+    found |= {"median_ms": 28.0, "over_dense": 8.8, "ours": "threshold", "our_error": 0.029, "our_ms": 14.0}
+    found |= {"our_over_dense": 17.6, "times_faster": 2.0}
+    table = module.error_time({"environment": environment, "comparisons": [found]})
+    row = "| 128K | Theirs, alpha 0.08 (default) | 0.03 | 28 ms | 8.8x | `threshold` | 0.029 | 14 ms | 17.6x | 2.00 |"
+    assert row in table
+    assert module.error_time({"environment": environment, "comparisons": []}) == []
+    line = {"length": 32768, "variant": "auto", "slope_ms": 13.0, "slope_ms_interval": [12.9, 13.1]}
+    line |= {"constant_ms": 0.05, "constant_ms_interval": [0.01, 0.09]}
+    line |= {"constant_as_density": 0.0038, "largest_residual": 0.02}
+    table = module.density_fit({"environment": environment, "level": 0.95, "lines": [line]})
+    assert "| 32K | auto | 13 ms (12.9 to 13.1) | 0.05 ms (0.01 to 0.09) | 0.0038 | 2.0% |" in table

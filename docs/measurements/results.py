@@ -3,9 +3,9 @@
     python docs/measurements/results.py           # rewrites the part of README.md between the markers
     python docs/measurements/results.py --check   # exit status 1 if that part is not what the files say
 
-One table per ``end_to_end*.json``, ``cpu_attention*.json`` and ``hopper_kernel*.json`` (of the scripts of these names),
-``tuning_*.json`` (of ``sparsepass tune``) and ``bench_*.json`` (of ``sparsepass bench kernel`` and ``op``), under it
-the command that measured it.
+One table per ``end_to_end*.json``, ``cpu_attention*.json``, ``hopper_kernel*.json``, ``error_time*.json`` and
+``density_fit*.json`` (of the scripts of these names), ``tuning_*.json`` (of ``sparsepass tune``) and ``bench_*.json``
+(of ``sparsepass bench kernel`` and ``op``), under it the command that measured it.
 """
 
 from __future__ import annotations
@@ -165,6 +165,53 @@ def given_lists(content: dict[str, Any]) -> list[str]:
     return [*lines, "", *commands(content["command"])]
 
 
+def error_time(content: dict[str, Any]) -> list[str]:
+    """A table of ``error_time.py``: others' attention at each of their settings, and ours at no greater error."""
+    if not content["comparisons"]:
+        return []
+    lines = [
+        "Selection and attention on structured inputs beside others, at no greater error, "
+        f"{hardware(content['environment'])}:",
+        "",
+        "| tokens | other | its error | its time | over cuDNN | ours | error | time | over cuDNN | times faster |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in content["comparisons"]:
+        cells = (
+            length_text(found["length"]),
+            f"{found['curve']}, {found['variant']}" + (" (default)" if found["default"] else ""),
+            f"{found['error']:.3g}",
+            seconds(found["median_ms"] / 1e3),
+            f"{found['over_dense']:.1f}x",
+            f"`{found['ours']}`",
+            f"{found['our_error']:.3g}",
+            seconds(found["our_ms"] / 1e3),
+            f"{found['our_over_dense']:.1f}x",
+            f"{found['times_faster']:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, "", *commands(content["environment"]["command"])]
+
+
+def density_fit(content: dict[str, Any]) -> list[str]:
+    """A table of ``density_fit.py``: the straight line of time against density, with intervals."""
+    lines = [
+        f"Time of attention over given lists against density, a straight line, {hardware(content['environment'])}:",
+        "",
+        "| tokens | kernel | time at density 1 | constant | the constant as density | largest residual |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in content["lines"]:
+        parts = []
+        for name in ("slope_ms", "constant_ms"):
+            low, high = line[f"{name}_interval"]
+            parts.append(f"{line[name]:.3g} ms ({low:.3g} to {high:.3g})")
+        last = (f"{line['constant_as_density']:.4f}", f"{line['largest_residual']:.1%}")
+        lines.append("| " + " | ".join((length_text(line["length"]), line["variant"], *parts, *last)) + " |")
+    level = f"In parentheses: intervals of {content['level']:.0%}."
+    return [*lines, "", level, "", *commands(content["environment"]["command"])]
+
+
 TUNED_LENGTHS, TUNED_DENSITIES = (8192, 32768, 131072), (0.05, 0.1, 0.2, 0.45, 1.0)
 
 
@@ -230,7 +277,12 @@ def tables(folder: Path = FOLDER) -> str:
         for path in sorted(folder.glob(pattern)):
             content = json.loads(path.read_text(encoding="utf-8"))
             parts += [*attention(content, command.format(path.name)), ""]
-    for pattern, table in (("hopper_kernel*.json", given_lists), ("tuning_*.json", tuned)):
+    for pattern, table in (
+        ("hopper_kernel*.json", given_lists),
+        ("density_fit*.json", density_fit),
+        ("error_time*.json", error_time),
+        ("tuning_*.json", tuned),
+    ):
         for path in sorted(folder.glob(pattern)):
             parts += [*table(json.loads(path.read_text(encoding="utf-8"))), ""]
     for path in sorted(folder.glob("bench_*.json")):
