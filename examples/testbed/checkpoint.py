@@ -37,7 +37,7 @@ def write(folder: Path, weights: Weights, state: Weights, meta: dict[str, Any], 
 
 
 def read(folder: Path) -> tuple[Weights, Weights, dict[str, Any]]:
-    """Weights in float32, optimizer state (empty in a light checkpoint) and meta. Raises SystemExit if none is there."""
+    """Weights in float32, optimizer state (empty if light) and meta. Raises SystemExit if there is none."""
     parts = sorted(folder.glob("part*.bin"))
     if not parts:
         raise SystemExit(f"No checkpoint in {folder}: it has no part00.bin.")

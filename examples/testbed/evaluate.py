@@ -16,8 +16,8 @@ HELD_OUT = 7_000_000_000
 """Seeds from here on; training's are small numbers."""
 
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
-"""``predict(tokens [B, S], last)``: the most likely next token [B, last] at the last positions but one, ``S - last - 1``
-to ``S - 2``: those that answer."""
+"""``predict(tokens [B, S], last)``: the most likely next token [B, last] at positions ``S - last - 1`` to ``S - 2``,
+those that give the last tokens."""
 
 
 @torch.no_grad()

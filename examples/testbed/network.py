@@ -6,6 +6,7 @@ equals transformers' ``LlamaForCausalLM`` with the exported weights, which a tes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ def new_weights(size: TestbedSize, generator: torch.Generator) -> Weights:
     """Random float32 weights: unit gain per matrix, what adds to the residual stream scaled down by depth."""
 
     def normal(*shape: int, gain: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * gain * shape[-1] ** -0.5
+        return torch.randn(*shape, generator=generator) * (gain / math.sqrt(shape[-1]))
 
     layers, hidden, inner = size.layers, size.hidden, size.intermediate
     queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
@@ -44,7 +45,8 @@ def new_weights(size: TestbedSize, generator: torch.Generator) -> Weights:
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight
+    normed: torch.Tensor = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return normed.to(x.dtype) * weight
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -87,4 +87,5 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    found: torch.Tensor = x.mT if tall else x
+    return found.to(matrices.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,8 +91,12 @@ class Step:
         right = zeros.index_add(0, self.parts, (logits.argmax(-1) == targets).float())
         self.sums += torch.stack([counts, right, totals.detach()], dim=-1)
 
-    def capture(self, memory: tuple[int, int] | None) -> tuple[int, int]:
-        """Record the step as a CUDA graph, after three real steps that warm everything up."""
+    def capture(self, memory: Any) -> Any:
+        """Record the step as a CUDA graph, after three real steps that warm everything up.
+
+        ``memory``: the pool that an earlier graph returned, None for the first. Graphs run one after another, so they
+        can share it.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -103,4 +108,4 @@ class Step:
         with torch.cuda.graph(graph, pool=memory):
             self.compute()
         self.graph = graph
-        return graph.pool()  # type: ignore[return-value]
+        return graph.pool()

@@ -28,8 +28,8 @@ class Drawn:
     """``count`` samples, all int64 on the generator's device.
 
     context [count, C]; prompts [count, Q, P]; answers [count, Q, A]. Training can supervise more than answers:
-    ``prompt_targets`` [count, Q, P] says what could be known at a prompt's token, ``link_targets`` [count, K] what could
-    be known at position ``link_places`` [count, K] of the context (``IGNORED``: nothing).
+    ``prompt_targets`` [count, Q, P] says what could be known at a prompt's token, ``link_targets`` [count, K] what
+    could be known at position ``link_places`` [count, K] of the context (``IGNORED``: nothing).
     """
 
     context: torch.Tensor
@@ -151,7 +151,7 @@ class Random:
 
 
 def put(context: torch.Tensor, starts: torch.Tensor, statements: torch.Tensor, kept: torch.Tensor) -> None:
-    """Write statements [count, n, width] at ``starts`` [count, n] into the context where ``kept`` [count, n] is true."""
+    """Write statements [count, n, width] at ``starts`` [count, n] into the context, if ``kept`` [count, n]."""
     where = starts[..., None] + torch.arange(statements.shape[-1], device=starts.device)
     where = where.flatten(1)
     old = context.gather(1, where).view_as(statements)
