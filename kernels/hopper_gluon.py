@@ -230,6 +230,7 @@ def _compute_rows(
         base = gl.where(top == float("-inf"), 0.0, top)
         weights = gl.exp2(scores * log2_scale - base[:, None])
         total = gl.sum(weights, 1)
+        operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
         acc = gl.zeros([64, DIM], gl.float32, OUT)
         for step in range(1, edges):
             place = item.to(gl.int64) * span_stride_b + head.to(gl.int64) * span_stride_h + row // PER_ROW
@@ -237,7 +238,6 @@ def _compute_rows(
             start += step % PER_BLOCK * KEYS
             mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
-            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
             scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             scores, acc = warpgroup_mma_wait(num_outstanding=0, deps=(scores, acc))
@@ -255,11 +255,11 @@ def _compute_rows(
             total = total * decay + gl.sum(weights, 1)
             top = new_top
             acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
+            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
         for _ in range(gl.maximum(edges, 1), steps):
             mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
             scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
-            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
             new_top = gl.maximum(top, gl.max(scores, 1) * log2_scale)
@@ -271,6 +271,7 @@ def _compute_rows(
             synchronize()
             mbarrier.arrive(empty.index(slot), count=1)
             acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
+            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
             slot, phase = _next_slot(slot, phase, SLOTS)
 
         turn += 1
@@ -281,7 +282,6 @@ def _compute_rows(
             mbarrier.wait(q_full.index(2 * next_slot + HALF), turn // Q_SLOTS & 1)
             mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
-            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
             scores = warpgroup_mma(next_q, keys, zero, use_acc=False, is_async=True)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             scores, acc = warpgroup_mma_wait(num_outstanding=0, deps=(scores, acc))
@@ -290,7 +290,6 @@ def _compute_rows(
             staged = o_smem.index(HALF)
         else:
             mbarrier.wait(full.index(slot), phase)
-            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             staged = q_smem.index(HALF)  # shared memory has no room for both
