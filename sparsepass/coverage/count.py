@@ -23,8 +23,8 @@ _NATIVE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
 class AttentionCounter(TorchFunctionMode):
     """Counts executions of attention: calls of SDPA, and softmaxes over scores [.., Sq, Skv] of tokens.
 
-    A softmax over features or experts is told by its shape: two dimensions, a size in ``features``, or fewer than
-    ``SHORTEST`` entries. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``: executions by
+    A softmax over features or experts is told by its shape: two dimensions, three and a size in ``features``, or fewer
+    than ``SHORTEST`` entries. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``: executions by
     (what, query length, key length).
     """
 
@@ -66,7 +66,7 @@ class AttentionCounter(TorchFunctionMode):
         if self._scores is not None and self._scores() is scores:  # its logsumexp, besides its softmax
             return
         size = scores.shape[dim]
-        if size < SHORTEST or size in self.features or not scores.is_floating_point():
+        if size < SHORTEST or (scores.ndim == 3 and size in self.features) or not scores.is_floating_point():
             return
         self._scores = weakref.ref(scores)
         rows = scores.shape[-2] if dim in (-1, scores.ndim - 1) else scores.numel() // size

@@ -15,6 +15,7 @@ from sparsepass.coverage.tiny import VOCABULARY
 from sparsepass.errors import OptionError
 
 BATCH = 2
+NO_CACHE = "the output of the prefill has no cache"
 
 
 class Phase(StrEnum):
@@ -50,11 +51,8 @@ def call_for(model: Any, kind: Kind, phase: Phase, length: int) -> Call:
 
     generator = torch.Generator().manual_seed(0)
     if kind is Kind.VISION:
-        config = model.config
-        size = getattr(config, "image_size", 128)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        pixels = torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
-        return Call(lambda: ((), {"pixel_values": pixels}))
+        pixels = _image(model, generator)
+        return Call(lambda: ((), dict(pixels)))
     ids = torch.randint(4, VOCABULARY - 16, (BATCH, length), generator=generator)
     given: dict[str, Any] = {"input_ids": ids}
     real = None
@@ -75,13 +73,35 @@ def call_for(model: Any, kind: Kind, phase: Phase, length: int) -> Call:
     return Call(lambda: ((), dict(given)), real)
 
 
+def _image(model: Any, generator: Any) -> dict[str, Any]:
+    """What an image classifier takes: an image for most; its patches; tokens, of pixels or of text."""
+    import torch
+
+    config = model.config
+    if config.model_type in ("imagegpt", "shieldgemma2"):
+        return {"input_ids": torch.randint(4, 256, (BATCH, 256), generator=generator)}
+    vision = getattr(config, "vision_config", config)
+    channels = getattr(vision, "num_channels", 3)
+    if config.model_type == "siglip2":
+        side = int(vision.num_patches**0.5)
+        return {
+            "pixel_values": torch.randn(BATCH, side * side, channels * vision.patch_size**2, generator=generator),
+            "pixel_attention_mask": torch.ones(BATCH, side * side, dtype=torch.int64),
+            "spatial_shapes": torch.tensor([[side, side]] * BATCH),
+        }
+    size = getattr(config, "image_size", getattr(vision, "image_size", 128))
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    name = "inputs" if config.model_type == "perceiver" else "pixel_values"
+    return {name: torch.randn(BATCH, channels, height, width, generator=generator)}
+
+
 def _after_prefill(model: Any, ids: Any) -> dict[str, Any]:
     out = model(input_ids=ids, use_cache=True)
     for name in ("past_key_values", "cache_params", "mems", "state", "past_buckets_states"):
         held = getattr(out, name, None)
         if held is not None:
             return {"input_ids": ids[:, -1:], name: held, "use_cache": True}
-    raise ValueError("the output of the prefill has no cache")
+    raise ValueError(NO_CACHE)
 
 
 def own_model(text: str) -> tuple[Any, Call]:

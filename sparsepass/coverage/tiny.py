@@ -7,11 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from sparsepass.coverage.architectures import Kind, class_name
+from sparsepass.coverage.special import (
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    MADE,
+    SPECIAL,
+    VOCABULARY,
+    WINDOW,
+)
 from sparsepass.models import ModelError
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 64, 128, 320
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-LAYERS, EXPERTS, WINDOW, POSITIONS = 1, 4, 200, 1024
+LAYERS, POSITIONS = 1, 1024
 """One layer of each type: they are all alike, and capturing them is most of the time."""
 MOST_PARAMETERS = 80_000_000
 """A configuration that stays larger than this is not built."""
@@ -72,22 +82,6 @@ SIZES: dict[str, Any] = (
 )
 """Sizes by the names that configurations give them. A name that ends in ``_`` is left out, on purpose."""
 
-SPECIAL: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 200},
-    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "is_decoder": True, "num_buckets": 8},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-    "xlnet": {"d_head": HEAD_DIM, "d_inner": INTERMEDIATE},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
-    "zamba": {"num_hidden_layers": 4},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": INTERMEDIATE, "moe_num_experts": EXPERTS, "moe_top_k": 2},
-    },
-    "rwkv": {"num_hidden_layers": 2},
-    "xmod": {"default_language": "en_XX"},
-}
-"""What some architectures need besides: patterns of layers that the default spreads over many layers."""
-
 
 def tiny_config(arch: str, kind: Kind) -> Any:
     """The small configuration of an architecture. Raises ``ModelError``."""
@@ -95,7 +89,9 @@ def tiny_config(arch: str, kind: Kind) -> Any:
 
     mapping: Any = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     try:
-        default = mapping[arch]()
+        if (kind, arch) in MADE:
+            return MADE[kind, arch]()
+        default = _default(mapping[arch], arch, kind)
         if kind is Kind.DECODER:
             text = default.get_text_config(decoder=True)
             if type(text) is not type(default) and text.model_type in mapping:
@@ -107,6 +103,19 @@ def tiny_config(arch: str, kind: Kind) -> Any:
         raise
     except Exception as error:
         raise ModelError(f"no tiny configuration: {first_line(error)}") from error
+
+
+def _default(made: Callable[[], Any], arch: str, kind: Kind) -> Any:
+    """The default configuration; of the part that the model class takes, where the whole has none."""
+    import transformers
+
+    try:
+        return made()
+    except Exception:
+        own: Any = getattr(getattr(transformers, class_name(kind, arch), None), "config_class", made)
+        if own is made:
+            raise
+        return own()
 
 
 def build(arch: str, kind: Kind, implementation: str) -> Any:
@@ -148,7 +157,7 @@ def _settle(model: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if not torch.isfinite(parameter).all() or parameter.abs().max() > 1e4:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
@@ -167,9 +176,6 @@ def _shrunk(default: Any, kind: Kind) -> Any:
         several = isinstance(held.get(name), list | tuple) and not isinstance(fields[name], list)
         if unused or several:
             del fields[name]
-    for alias, name in mapped.items():
-        if alias in fields and name in fields:
-            del fields[alias]
     if "kv_lora_rank" in known and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = HEADS  # latent attention expands to every head
     for name in getattr(made, "sub_configs", {}):
@@ -180,9 +186,12 @@ def _shrunk(default: Any, kind: Kind) -> Any:
     rope = getattr(default, "rope_parameters", None)
     if rope and "mrope_section" in str(rope):
         fields["rope_parameters"] = _scaled_sections(rope)
-    if kind is Kind.DECODER and "is_decoder" in known:
+    if kind is Kind.DECODER and hasattr(default, "is_decoder"):
         fields["is_decoder"] = True
     fields |= SPECIAL.get(default.model_type, {})
+    for alias, name in mapped.items():
+        if alias in fields and name in fields:
+            del fields[alias]
     return _make(made, fields)
 
 
@@ -200,7 +209,7 @@ def _make(made: Callable[..., Any], fields: dict[str, Any]) -> Any:
 def _layers(default: Any) -> dict[str, Any]:
     """One layer of each type, so that windows, full and linear attention are all there."""
     types = getattr(default, "layer_types", None)
-    if not types:
+    if not types or isinstance(getattr(type(default), "layer_types", None), list):  # the names that a class accepts
         return {}
     distinct = list(dict.fromkeys(types))
     chosen = distinct if len(distinct) > 1 else distinct * LAYERS
@@ -232,9 +241,13 @@ def _derived(made: type, name: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says, at most 200 characters."""
+    """The kind of an error and the first line of what it says, at most 200 characters.
+
+    Of a validation error, whose first line names a validator, the second.
+    """
     lines = str(error).strip().splitlines()
-    text = " ".join(lines[0].split())[:200] if lines else ""
+    place = int(len(lines) > 1 and "Validation" in type(error).__name__)
+    text = " ".join(lines[place].split())[:200] if lines else ""
     return (
         f"{type(error).__name__}: {text}"
         if text and not isinstance(error, ModelError)

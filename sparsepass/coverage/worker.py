@@ -48,7 +48,7 @@ def records_of(task: Task) -> Iterator[Record]:
     """Measures in this process, one record per case; what goes wrong is a record too."""
     import warnings
 
-    from sparsepass.coverage.inputs import call_for
+    from sparsepass.coverage.inputs import NO_CACHE, call_for
     from sparsepass.coverage.measure import measure
     from sparsepass.coverage.tiny import LISTED, build, first_line
 
@@ -71,7 +71,8 @@ def records_of(task: Task) -> Iterator[Record]:
             call = call_for(built[implementation], task.kind, phase, task.length)
             yield head | measure(built[implementation], call, decode=phase is Phase.DECODE, fused=task.fused)
         except Exception as error:
-            yield head | {"error": first_line(error), "stage": "run"}
+            reason = first_line(error)
+            yield head | {"error": reason, "stage": "absent" if NO_CACHE in reason else "run"}
 
 
 def _serve(pipe: Connection) -> None:
