@@ -23,9 +23,9 @@ _NATIVE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
 class AttentionCounter(TorchFunctionMode):
     """Counts executions of attention: calls of SDPA, and softmaxes over scores [.., Sq, Skv] of tokens.
 
-    A softmax over features or experts is told by its shape: two dimensions, three and a size in ``features``, or fewer
-    than ``SHORTEST`` entries. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``: executions by
-    (what, query length, key length).
+    A softmax over features or experts is told by its shape: two dimensions, three and a size in ``features``, or
+    fewer than ``SHORTEST`` entries. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``:
+    executions by (what, query length, key length).
     """
 
     def __init__(self, features: Iterable[int] = ()) -> None:

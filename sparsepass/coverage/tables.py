@@ -11,6 +11,8 @@ from sparsepass.coverage.store import Record, Sweep
 def line(record: Record) -> str:
     """One record, for the progress of a run."""
     what = f"{record['arch']} {record['implementation']} {record['phase']}"
+    if record.get("stage") == "absent":
+        return f"{what}: not there"
     if "error" in record:
         return f"{what}: {record['error']}"
     verb = "recognized" if record["phase"] == "decode" else "rewritten"
