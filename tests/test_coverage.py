@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from sparsepass.coverage.architectures import Kind, architectures
 from sparsepass.coverage.count import AttentionCounter
 from sparsepass.coverage.inputs import Call, Phase, own_model, phases_of
 from sparsepass.coverage.measure import measure
+from sparsepass.coverage.progress import Progress
 from sparsepass.coverage.reasons import NOT_SEEN, NOTHING_LEFT_OUT, general
 from sparsepass.coverage.run import SAMPLE, CoverageOptions, tasks
-from sparsepass.coverage.store import Sweep
-from sparsepass.coverage.tables import markdown, reasons, text, totals
+from sparsepass.coverage.store import Sweep, merged
+from sparsepass.coverage.tables import markdown, text
+from sparsepass.coverage.totals import reasons, totals
 from sparsepass.coverage.worker import Task, records_of, run_all
 from sparsepass.errors import OptionError
 
@@ -161,10 +164,12 @@ def test_tables_count_and_list() -> None:
         {**record("e"), "error": "did not build", "stage": "build"},
         {**record("f"), "error": "no sdpa", "stage": "absent"},
     ]
-    assert totals(records) == [("decoder", "sdpa", "prefill", 3, 6, 5, 4, 1)]
+    (total,) = totals(records)
+    assert (total.models, total.sites, total.matched, total.rewritten, total.differ) == (3, 6, 5, 4, 1)
+    assert total.fused is None
     assert reasons(records) == [("why | not", 2, ["b"])]
     table = markdown(records, Sweep({"torch": "2"}, {"length": LENGTH}))
-    assert "| decoder | sdpa | prefill | 3 | 6 | 5 (83.3%) | 4 (66.7%) | 1 |" in table
+    assert "| decoder | sdpa | prefill | 3 | 6 | 0 | 5 (83.3%) | 4 (66.7%) | 1 |" in table
     assert "why \\| not" in table
     assert "| c (decoder, sdpa, prefill) | 5.0e-01 |" in table
     assert "did not build" in table
@@ -182,6 +187,66 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "y.json").write_text("{}")
     with pytest.raises(OptionError, match="no result"):
         Sweep.load(tmp_path / "y.json")
+
+
+def test_files_of_several_machines_are_merged(tmp_path: Path) -> None:
+    one = Sweep({"torch": "2", "transformers": "5"}, {"length": 1})
+    one.add(record("a"))
+    one.add(record("b"))
+    other = Sweep({"torch": "3", "transformers": "5"}, {"length": 1})
+    other.add({**record("a"), "error": "out of time", "stage": "run"})
+    other.add(record("b", rewritten=1))
+    for sweep, name in ((one, "one.json"), (other, "other.json.gz")):
+        sweep.save(tmp_path / name)
+    found = merged([Sweep.load(tmp_path / "one.json"), Sweep.load(tmp_path / "other.json.gz")])
+    assert found.versions == {"torch": "2 and 3", "transformers": "5"}
+    assert [held["rewritten"] for held in found.records.values()] == [2, 1], "measured counts more than an error"
+    with pytest.raises(OptionError, match="versions of transformers"):
+        merged([one, Sweep({"transformers": "4"}, {"length": 1})])
+    with pytest.raises(OptionError, match="lengths"):
+        merged([one, Sweep({"transformers": "5"}, {"length": 2})])
+    given = [str(tmp_path / name) for name in ("one.json", "other.json.gz")]
+    result = CliRunner().invoke(app, ["coverage", "--merge", *given, "--out", str(tmp_path / "all.json")])
+    assert result.exit_code == 0, result.output
+    assert "4 sites of 2 models" in result.stdout
+    assert Sweep.load(tmp_path / "all.json").records == found.records
+
+
+def test_sites_that_are_too_small_have_a_column() -> None:
+    (total,) = totals([record("a", small=1, rewritten=1)])
+    assert (total.sites, total.small, total.rewritten, total.share) == (2, 1, 1, 1.0)
+    assert own("sdpa", 64)["small"] == 1
+    assert "small" not in own("sdpa")
+
+
+def test_what_inductor_replaces_is_beside_it() -> None:
+    records = [record("a", fused=1), record("b", fused=0)]
+    assert totals(records)[0].fused == 1
+    assert "Inductor alone 1" in text(records)
+    assert "Inductor's fuse_attention" in markdown(records, Sweep({}, {"length": LENGTH}))
+    assert totals([*records, record("c", fused=None)])[0].fused is None
+
+
+def test_progress_says_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 30.0))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    Progress(4).done("llama", alarming=False)
+    assert capsys.readouterr().err == "[1/4 0:30, left 1:30] llama\n"
+
+
+def test_options_are_checked() -> None:
+    for wrong in (["--jobs", "0"], ["--limit", "0"], ["--minutes", "-1"], ["--merge", "x.json", "--sample"]):
+        result = CliRunner().invoke(app, ["coverage", *wrong])
+        assert result.exit_code == 2, wrong
+        assert wrong[0] in result.stderr
+
+
+def test_a_sweep_out_of_time_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    result = CliRunner().invoke(app, ["coverage", "--arch", "llama", "--minutes", "0.0001", "--out", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "6 are left" in result.stderr
+    assert Sweep.load(file).records == {}
 
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
@@ -202,6 +267,19 @@ def test_what_does_not_build_is_a_record() -> None:
     found = list(records_of(Task(Kind.DECODER, "no_such_model", (("sdpa", Phase.PREFILL),), LENGTH)))
     assert [one["stage"] for one in found] == ["build"]
     assert "no tiny configuration" in found[0]["error"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_costs_one_case() -> None:
+    """The other cases of its task go on in a new process."""
+    cases = (("sdpa", Phase.DECODE), ("sdpa", Phase.PREFILL), ("sdpa", Phase.PADDED))
+    running = run_all([Task(Kind.DECODER, "llama", cases, LENGTH)], jobs=2, limit=100)
+    found = [next(running)]
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    found += running
+    assert [one["phase"] for one in found] == ["decode", "prefill", "padded"]
+    assert [one.get("error") for one in found] == [None, "the process ended with code -9", None]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepass.coverage.architectures import Kind
-from sparsepass.coverage.tiny import VOCABULARY
+from sparsepass.coverage.special import VOCABULARY
 from sparsepass.errors import OptionError
 
 BATCH = 2
