@@ -33,6 +33,8 @@ def _names(value: Any, names: str) -> dict[str, Any]:
 
 _SET_ANYWAY = ("head_dim", "n_inner", "pad_token_id", "num_key_value_heads")
 LISTED = "is listed on its own"
+ABSENT = "does not support an attention impl"
+"""What transformers says of a model without SDPA."""
 
 
 SIZES: dict[str, Any] = (
@@ -146,11 +148,11 @@ def build(arch: str, kind: Kind, implementation: str) -> Any:
         model = make().eval()
     except Exception as error:
         raise ModelError(f"the tiny model cannot be built: {first_line(error)}") from error
-    _settle(model)
+    settle(model)
     return model
 
 
-def _settle(model: Any) -> None:
+def settle(model: Any) -> None:
     """Parameters that a constructor left unset (gates, sinks, positions) get small values."""
     import torch
 

@@ -50,7 +50,7 @@ def records_of(task: Task) -> Iterator[Record]:
 
     from sparsepass.coverage.inputs import NO_CACHE, call_for
     from sparsepass.coverage.measure import measure
-    from sparsepass.coverage.tiny import LISTED, build, first_line
+    from sparsepass.coverage.tiny import ABSENT, LISTED, build, first_line
 
     warnings.simplefilter("ignore")
     built: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def records_of(task: Task) -> Iterator[Record]:
             except Exception as error:
                 failed[implementation] = first_line(error)
         if implementation in failed:
-            absent = any(text in failed[implementation] for text in (LISTED, "does not support an attention impl"))
+            absent = any(text in failed[implementation] for text in (LISTED, ABSENT))
             yield head | {"error": failed[implementation], "stage": "absent" if absent else "build"}
             continue
         try:
