@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from sparsepass.cli import app
 from sparsepass.coverage.architectures import Kind, architectures
 from sparsepass.coverage.count import AttentionCounter
-from sparsepass.coverage.inputs import Call, Phase, own_model, phases_of
+from sparsepass.coverage.inputs import Call, Phase, phases_of
 from sparsepass.coverage.measure import measure
+from sparsepass.coverage.own import checkpoint_kind, own_model
 from sparsepass.coverage.progress import Progress
 from sparsepass.coverage.reasons import NOT_SEEN, NOTHING_LEFT_OUT, general
 from sparsepass.coverage.run import SAMPLE, CoverageOptions, tasks
@@ -68,6 +69,7 @@ def test_attention_is_counted_by_shape() -> None:
         torch.randn(2, 100, 8).softmax(-1)  # a router
         torch.randn(2, 100, 64).softmax(-1)  # features
         torch.randn(200, 500).softmax(-1)  # logits
+        torch.randn(2, 3, 128, 16).softmax(2)  # tokens of a window weighted per feature
         F.scaled_dot_product_attention(x[:, :, :4], x[:, :, :4], x[:, :, :4])  # over layers
         assert sum(counted.sites.values()) == 5
     assert counted.shapes["softmax", 100, 100] == 4
@@ -261,6 +263,70 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     for wrong in ("made", "no_such_module_here:made", f"{tmp_path}/my_attention_model.py:other"):
         with pytest.raises(OptionError, match="--model"):
             own_model(wrong)
+
+
+REMOTE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_words"
+
+    def __init__(self, vocab_size=5000, hidden_size=4096, num_attention_heads=32, doubled=False, **rest):
+        self.vocab_size, self.hidden_size, self.num_attention_heads = vocab_size, hidden_size, num_attention_heads
+        self.doubled = doubled
+        super().__init__(**rest)
+
+
+class OwnForCausalLM(PreTrainedModel):
+    config_class = OwnConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        assert config.doubled  # a setting of the checkpoint, not the default
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        x = self.embedding(input_ids)
+        heads = self.config.num_attention_heads
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return CausalLMOutputWithPast(logits=y.transpose(1, 2).flatten(2) @ self.embedding.weight.T)
+"""
+
+
+def test_a_checkpoint_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "own_checkpoint"
+    folder.mkdir()
+    (folder / "own_code.py").write_text(REMOTE)
+    config = {"model_type": "own_words", "doubled": True, "hidden_size": 8192}
+    config["auto_map"] = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OptionError, match="--trust-remote-code"):
+        checkpoint_kind(str(folder), trust=False)
+    assert checkpoint_kind(str(folder), trust=True) is Kind.DECODER
+    given = ["--model", str(folder), "--trust-remote-code", "--implementations", "sdpa", "--phases", "prefill"]
+    result = CliRunner().invoke(app, ["coverage", *given, "--json"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["records"]
+    assert (found.get("error"), found["sites"], found["rewritten"]) == (None, 1, 1)
+
+
+def test_what_a_checkpoint_is_must_be_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaModel"]}))
+    with pytest.raises(OptionError, match="LlamaModel"):
+        checkpoint_kind(str(tmp_path), trust=False)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    assert checkpoint_kind(str(tmp_path), trust=False) is Kind.DECODER
+    with pytest.raises(OptionError, match="--model"):
+        checkpoint_kind(str(tmp_path / "nothing"), trust=False)
 
 
 def test_what_does_not_build_is_a_record() -> None:

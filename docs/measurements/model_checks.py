@@ -148,17 +148,19 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
 
 
 def sites_of(seen: record.Recording) -> list[dict[str, Any]]:
-    """What became of every site of the graphs that ran: kernel, share of blocks, or the reason why it is dense."""
-    found = []
+    """What became of every site, once for each time it ran: kernel, share of blocks, or why it is dense."""
+    found: list[dict[str, Any]] = []
     for index, (graph, before, runs) in enumerate(zip(seen.ran, seen.before, seen.runs_before, strict=True)):
         report = graph_report(index, graph, before, runs)
+        inside: list[dict[str, Any]] = []
         for site in report.sites:
             name, kernel = site.entry.site.name, site.kernel
             if kernel is not None:
-                found.append({"site": name, "kernel": kernel, "density": site.density_achieved})
+                inside.append({"site": name, "kernel": kernel, "density": site.density_achieved})
             elif site.entry.site.phase is Phase.PREFILL:
-                found.append({"site": name, "reason": site.entry.reason or "did not run"})
-        found += [{"site": skip.nodes[0] if skip.nodes else "", "reason": skip.reason} for skip in report.refused]
+                inside.append({"site": name, "reason": site.entry.reason or "did not run"})
+        inside += [{"site": skip.nodes[0] if skip.nodes else "", "reason": skip.reason} for skip in report.refused]
+        found += inside * report.runs
     return found
 
 

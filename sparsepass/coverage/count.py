@@ -23,8 +23,8 @@ _NATIVE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
 class AttentionCounter(TorchFunctionMode):
     """Counts executions of attention: calls of SDPA, and softmaxes over scores [.., Sq, Skv] of tokens.
 
-    A softmax over features or experts is told by its shape: two dimensions, three and a size in ``features``, or
-    fewer than ``SHORTEST`` entries. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``:
+    A softmax over features or experts is told by its shape: two dimensions, three and a size in ``features``, fewer
+    than ``SHORTEST`` entries, or not over the last dimension. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``:
     executions by (what, query length, key length).
     """
 
@@ -65,12 +65,13 @@ class AttentionCounter(TorchFunctionMode):
             return
         if self._scores is not None and self._scores() is scores:  # its logsumexp, besides its softmax
             return
-        size = scores.shape[dim]
+        if dim not in (-1, scores.ndim - 1):
+            return  # the tokens of a window weighted per feature, say: attention has its keys last
+        size = scores.shape[-1]
         if size < SHORTEST or (scores.ndim == 3 and size in self.features) or not scores.is_floating_point():
             return
         self._scores = weakref.ref(scores)
-        rows = scores.shape[-2] if dim in (-1, scores.ndim - 1) else scores.numel() // size
-        self._add("softmax", rows, size)
+        self._add("softmax", scores.shape[-2], size)
 
     def _add(self, what: str, rows: int, keys: int) -> None:
         self.sites[what] += 1

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from sparsepass.coverage.architectures import Kind
 from sparsepass.coverage.special import VOCABULARY
-from sparsepass.errors import OptionError
 
 BATCH = 2
 NO_CACHE = "the output of the prefill has no cache"
@@ -102,27 +98,3 @@ def _after_prefill(model: Any, ids: Any) -> dict[str, Any]:
         if held is not None:
             return {"input_ids": ids[:, -1:], name: held, "use_cache": True}
     raise ValueError(NO_CACHE)
-
-
-def own_model(text: str) -> tuple[Any, Call]:
-    """A model of the user's own: ``module:function`` or ``file.py:function`` names what returns (model, inputs).
-
-    The inputs are a dict of keyword arguments, a tuple of positional ones, or one tensor. Raises ``OptionError``.
-    """
-    place, _, name = text.rpartition(":")
-    if not place or not name:
-        raise OptionError(f"--model is {text!r}; accepted is module:function, or file.py:function.")
-    try:
-        if place.endswith(".py"):
-            file = Path(place).resolve()
-            sys.path.insert(0, str(file.parent))
-            place = file.stem
-        elif "" not in sys.path:
-            sys.path.insert(0, "")
-        made = getattr(importlib.import_module(place), name)()
-        model, inputs = made
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise OptionError(f"--model {text!r}: {error}. Accepted is a function that returns (model, inputs).") from error
-    if isinstance(inputs, dict):
-        return model, Call(lambda: ((), dict(inputs)))
-    return model, Call(lambda: (inputs if isinstance(inputs, tuple) else (inputs,), {}))

@@ -14,7 +14,8 @@ from typing import Any
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
 from sparsepass.coverage.architectures import Kind, architectures
-from sparsepass.coverage.inputs import Phase, own_model, phases_of
+from sparsepass.coverage.inputs import Phase, phases_of
+from sparsepass.coverage.own import checkpoint_kind, is_function, own_model
 from sparsepass.coverage.progress import progress
 from sparsepass.coverage.store import Record, Sweep, merged
 from sparsepass.coverage.tables import line, markdown, text
@@ -35,7 +36,10 @@ class CoverageOptions:
         (), "Kinds of models; default: all, decoders first.", "Models", choices=tuple(map(str, Kind))
     )
     sample: bool = option(False, "Eight architectures that differ.", "Models")
-    model: str = option("", "Your own: module:function or file.py:function, returning (model, inputs).", "Models")
+    model: str = option(
+        "", "Your own: module:function or file.py:function, returning (model, inputs); or a checkpoint.", "Models"
+    )
+    trust_remote_code: bool = option(False, "Run the code that a checkpoint brings along.", "Models")
     implementations: tuple[str, ...] = option(
         ("sdpa", "eager"), "attn_implementation of the models.", "Models", choices=("sdpa", "eager")
     )
@@ -67,7 +71,7 @@ def run(options: CoverageOptions) -> int:
     if options.merge:
         sweep = merged([Sweep.load(file) for file in options.merge])
         records = list(sweep.records.values())
-    elif options.model:
+    elif is_function(options.model):
         sweep = _begun(options)
         records = [_own(options)]
         for record in records:
@@ -114,6 +118,11 @@ def asdict_plain(options: CoverageOptions) -> dict[str, Any]:
 
 def tasks(options: CoverageOptions) -> list[Task]:
     """What is asked for, whether the file has it or not. Raises ``OptionError``."""
+    if options.model:
+        kind = checkpoint_kind(options.model, options.trust_remote_code)
+        cases = _cases(kind, options)
+        fused, trust = options.fuse_attention, options.trust_remote_code
+        return [Task(kind, options.model, cases, options.length, fused, checkpoint=True, trust=trust)]
     names = SAMPLE if options.sample and not options.arch else options.arch
     wanted = architectures(options.kinds, names)
     if options.sample and not options.arch:
@@ -121,11 +130,15 @@ def tasks(options: CoverageOptions) -> list[Task]:
         wanted = [(Kind.ENCODER if name == "bert" else kind, name) for kind, name in wanted]
     found = []
     for kind, name in wanted:
-        phases = [phase for phase in phases_of(kind) if phase in options.phases]
-        cases = tuple((attn, phase) for attn in options.implementations for phase in phases)
+        cases = _cases(kind, options)
         if cases:
             found.append(Task(kind, name, cases, options.length, options.fuse_attention))
     return found
+
+
+def _cases(kind: Kind, options: CoverageOptions) -> tuple[tuple[str, Phase], ...]:
+    phases = [phase for phase in phases_of(kind) if phase in options.phases]
+    return tuple((attn, phase) for attn in options.implementations for phase in phases)
 
 
 SAVE_S = 5.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from sparsepass.coverage.architectures import Kind, class_name
+from sparsepass.coverage.own import checkpoint_config
 from sparsepass.coverage.special import (
     EXPERTS,
     HEAD_DIM,
@@ -122,30 +124,52 @@ def _default(made: Callable[[], Any], arch: str, kind: Kind) -> Any:
 
 def build(arch: str, kind: Kind, implementation: str) -> Any:
     """A tiny random fp32 model in eval mode on the CPU. Raises ``ModelError`` with what went wrong."""
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     config = tiny_config(arch, kind)
-    auto: Any = getattr(transformers, kind.auto_class)
     own: Any = getattr(transformers, class_name(kind, arch), None)
+    if own is not None and isinstance(config, getattr(own, "config_class", None) or ()):
+        return _built(own._from_config, config, implementation)  # also for parts of larger models
+    return _built(getattr(transformers, kind.auto_class).from_config, config, implementation)
 
-    def make() -> Any:
-        given = {"attn_implementation": implementation, "dtype": torch.float32}
-        if own is not None and isinstance(config, getattr(own, "config_class", None) or ()):
-            return own._from_config(copy.deepcopy(config), **given)  # also for parts of larger models
-        return auto.from_config(copy.deepcopy(config), **given)
+
+def build_checkpoint(source: str, kind: Kind, implementation: str, trust: bool) -> Any:
+    """The same of a checkpoint's configuration, its own settings kept but for the sizes; its weights are not read.
+
+    ``trust`` lets transformers run the checkpoint's own code. Raises ``ModelError``.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    given = checkpoint_config(source, trust)
+    try:
+        config = _shrunk(given, kind, given.to_dict())
+    except Exception as error:
+        raise ModelError(f"its configuration cannot be made small: {first_line(error)}") from error
+    config._name_or_path = source
+    if getattr(given, "auto_map", None):
+        config.auto_map = given.auto_map
+    auto: Any = getattr(transformers, kind.auto_class)
+    return _built(functools.partial(auto.from_config, trust_remote_code=trust), config, implementation)
+
+
+def _built(make: Callable[..., Any], config: Any, implementation: str) -> Any:
+    import torch
+
+    def made() -> Any:
+        return make(copy.deepcopy(config), attn_implementation=implementation, dtype=torch.float32)
 
     try:
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in make().parameters())
+            size = sum(parameter.numel() for parameter in made().parameters())
     except Exception:
         size = 0  # some constructors compute with their weights
     if size > MOST_PARAMETERS:
         raise ModelError(f"the tiny configuration still has {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
     try:
-        model = make().eval()
+        model = made().eval()
     except Exception as error:
         raise ModelError(f"the tiny model cannot be built: {first_line(error)}") from error
     settle(model)
@@ -165,8 +189,8 @@ def settle(model: Any) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def _shrunk(default: Any, kind: Kind) -> Any:
-    """The configuration again with every size made small; parts of it likewise."""
+def _shrunk(default: Any, kind: Kind, kept: dict[str, Any] | None = None) -> Any:
+    """The configuration again with every size made small; parts of it likewise. ``kept``: its other settings."""
     made = type(default)
     held = default.to_dict()
     mapped = getattr(default, "attribute_map", {})
@@ -194,7 +218,7 @@ def _shrunk(default: Any, kind: Kind) -> Any:
     for alias, name in mapped.items():
         if alias in fields and name in fields:
             del fields[alias]
-    return _make(made, fields)
+    return _make(made, (kept or {}) | fields)
 
 
 def _make(made: Callable[..., Any], fields: dict[str, Any]) -> Any:

@@ -33,6 +33,9 @@ class Task:
     cases: tuple[tuple[str, Phase], ...]
     length: int
     fused: bool = False
+    checkpoint: bool = False
+    """Whether ``arch`` is a checkpoint's folder or name, not a model_type."""
+    trust: bool = False
 
     def head(self) -> Record:
         """What a record of the first case is of."""
@@ -50,7 +53,7 @@ def records_of(task: Task) -> Iterator[Record]:
 
     from sparsepass.coverage.inputs import NO_CACHE, call_for
     from sparsepass.coverage.measure import measure
-    from sparsepass.coverage.tiny import ABSENT, LISTED, build, first_line
+    from sparsepass.coverage.tiny import ABSENT, LISTED, build, build_checkpoint, first_line
 
     warnings.simplefilter("ignore")
     built: dict[str, Any] = {}
@@ -60,7 +63,11 @@ def records_of(task: Task) -> Iterator[Record]:
         (implementation, phase), task = task.cases[0], task.rest()
         if implementation not in built and implementation not in failed:
             try:
-                built = {implementation: build(task.arch, task.kind, implementation)}
+                if task.checkpoint:
+                    model = build_checkpoint(task.arch, task.kind, implementation, task.trust)
+                else:
+                    model = build(task.arch, task.kind, implementation)
+                built = {implementation: model}
             except Exception as error:
                 failed[implementation] = first_line(error)
         if implementation in failed:
