@@ -22,7 +22,7 @@ from sparsepass.coverage.measure import measure
 from sparsepass.coverage.own import checkpoint_kind, own_model
 from sparsepass.coverage.progress import Progress
 from sparsepass.coverage.reasons import NOT_SEEN, NOTHING_LEFT_OUT, general
-from sparsepass.coverage.run import SAMPLE, CoverageOptions, tasks
+from sparsepass.coverage.run import BEGIN, END, SAMPLE, CoverageOptions, tasks
 from sparsepass.coverage.store import Sweep, merged
 from sparsepass.coverage.tables import markdown, text
 from sparsepass.coverage.totals import reasons, totals
@@ -177,6 +177,20 @@ def test_tables_count_and_list() -> None:
     assert "did not build" in table
     assert "no sdpa" not in table
     assert "1 models DIFFER" in text(records)
+
+
+def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
+    sweep = Sweep({"torch": "2"}, {"length": 1})
+    sweep.add(record("a"))
+    sweep.save(tmp_path / "x.json")
+    document = tmp_path / "x.md"
+    for held in (f"# Kept\n{BEGIN}\nold\n{END}\nkept\n", "old"):
+        document.write_text(held)
+        given = ["coverage", "--merge", str(tmp_path / "x.json"), "--markdown", str(document)]
+        assert CliRunner().invoke(app, given).exit_code == 0
+        assert "old" not in document.read_text()
+        assert "| a | decoder | 2/2 |" in document.read_text()
+        assert ("kept" in document.read_text()) == ("kept" in held)
 
 
 def test_the_file_is_read_back(tmp_path: Path) -> None:
@@ -374,11 +388,12 @@ def test_sample(arch: str, attn: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("COVERAGE_ALL"), reason="an hour; COVERAGE_ALL=1 runs it")
+@pytest.mark.skipif(not os.environ.get("COVERAGE_ALL"), reason="75 minutes of one core; COVERAGE_ALL=1 runs it")
 @pytest.mark.timeout(6 * 3600)
 def test_every_architecture(tmp_path: Path) -> None:
     """No output differs from eager, and every site that is not rewritten has its reason."""
-    result = CliRunner().invoke(app, ["coverage", "--out", str(tmp_path / "all.json")])
+    given = ["coverage", "--jobs", str(len(os.sched_getaffinity(0))), "--out", str(tmp_path / "all.json")]
+    result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     for found in Sweep.load(tmp_path / "all.json").records.values():
         accounted(found)

@@ -24,8 +24,8 @@ class AttentionCounter(TorchFunctionMode):
     """Counts executions of attention: calls of SDPA, and softmaxes over scores [.., Sq, Skv] of tokens.
 
     A softmax over features or experts is told by its shape: two dimensions, three and a size in ``features``, fewer
-    than ``SHORTEST`` entries, or not over the last dimension. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``:
-    executions by (what, query length, key length).
+    than ``SHORTEST`` entries, or not over the last dimension. ``sites``: executions by what was called, ``sdpa`` or
+    ``softmax``. ``shapes``: executions by (what, query length, key length).
     """
 
     def __init__(self, features: Iterable[int] = ()) -> None:
@@ -84,9 +84,10 @@ def anchors(gm: fx.GraphModule) -> int:
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            held = node.meta.get("example_value")
-            if node.op not in ("call_function", "call_method") or not isinstance(held, torch.Tensor):
+            if node.op not in ("call_function", "call_method"):
                 continue
-            long = held.ndim > 2 and isinstance(held.shape[-1], int) and held.shape[-1] >= SHORTEST
+            held = node.meta.get("example_value")
+            scores = isinstance(held, torch.Tensor) and held.ndim > 2 and isinstance(held.shape[-1], int)
+            long = scores and held.shape[-1] >= SHORTEST
             found += name in (_SDPA, _COMPOSITE) or (name in _SOFTMAX and name != "logsumexp" and long)
     return found

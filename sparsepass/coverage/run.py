@@ -27,6 +27,10 @@ SAMPLE = ("llama", "gemma2", "qwen3", "gpt2", "opt", "bert", "t5", "vit")
 """Architectures of ``--sample``: grouped queries, windows, softcap, an encoder, an encoder-decoder, vision."""
 
 
+BEGIN, END = "<!-- tables: written by sparsepass coverage --markdown -->", "<!-- end of tables -->"
+"""Marks of the part of a Markdown file that is written anew."""
+
+
 @dataclass(frozen=True)
 class CoverageOptions:
     """``sparsepass coverage``."""
@@ -57,7 +61,9 @@ class CoverageOptions:
     out: Path | None = option(
         None, "JSON file (.json, .json.gz), written all along; gone on with if it is there.", "Output"
     )
-    markdown: Path | None = option(None, "Markdown file for the tables.", "Output")
+    markdown: Path | None = option(
+        None, "Markdown file for the tables; of a file with marks the part between them.", "Output"
+    )
     as_json: bool = option(False, "The same JSON on stdout, no tables.", "Output")
 
 
@@ -82,13 +88,24 @@ def run(options: CoverageOptions) -> int:
     if options.out is not None:
         sweep.save(options.out)
     if options.markdown is not None:
-        options.markdown.write_text(markdown(records, sweep), encoding="utf-8")
+        _write(options.markdown, markdown(records, sweep))
     if options.as_json:
         json.dump({"versions": sweep.versions, **asdict_plain(options), "records": records}, sys.stdout, indent=1)
         print()
     else:
         print(text(records))
     return int(through and any(record.get("equal") is False for record in records))
+
+
+def _write(file: Path, tables: str) -> None:
+    held = file.read_text(encoding="utf-8") if file.exists() else ""
+    before, begin, rest = held.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    text = f"{before}{begin}\n\n{tables}\n{end}{after}" if begin and end else tables
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"--markdown {str(file)!r} cannot be written: {error.strerror}.") from error
 
 
 def _check(options: CoverageOptions) -> None:

@@ -68,7 +68,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
-    "perceiver": {"d_latents": HIDDEN, "num_latents": 256, "num_self_attends_per_block": 1, "image_size": 32},
+    "perceiver": {"d_latents": HIDDEN, "num_latents": 256, "num_self_attends_per_block": 1, "image_size": 32}
+    | {"num_self_attention_heads": HEADS, "num_cross_attention_heads": HEADS},
     "pvt": _STAGES
     | {"num_encoder_blocks": 2, "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2], "strides": [4, 2]},
     "pvt_v2": _STAGES
