@@ -20,7 +20,12 @@ RENEW = 15
 """Tasks that one process measures; memory of compiled graphs is given back with it."""
 LOOK_S = 2.0
 """How often limits are looked at, at least."""
-ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+ALONE = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else each has a pool of compilers, which have nothing to do
+    "CUDA_VISIBLE_DEVICES": "",
+}
 """Environment of the processes: one thread each, and no context on a GPU that none of them uses."""
 
 
