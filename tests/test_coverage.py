@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from typer.testing import CliRunner
 from sparsepass.cli import app
 from sparsepass.coverage.architectures import Kind, architectures
 from sparsepass.coverage.count import AttentionCounter
-from sparsepass.coverage.inputs import Call, Phase, own_model, phases_of
+from sparsepass.coverage.inputs import Call, Phase, phases_of
 from sparsepass.coverage.measure import measure
+from sparsepass.coverage.own import checkpoint_kind, own_model
+from sparsepass.coverage.progress import Progress
 from sparsepass.coverage.reasons import NOT_SEEN, NOTHING_LEFT_OUT, general
-from sparsepass.coverage.run import SAMPLE, CoverageOptions, tasks
-from sparsepass.coverage.store import Sweep
-from sparsepass.coverage.tables import markdown, reasons, text, totals
-from sparsepass.coverage.worker import Task, Worker, records_of
+from sparsepass.coverage.run import BEGIN, END, SAMPLE, CoverageOptions, tasks
+from sparsepass.coverage.store import Sweep, merged
+from sparsepass.coverage.tables import markdown, text
+from sparsepass.coverage.totals import reasons, totals
+from sparsepass.coverage.worker import Task, records_of, run_all
 from sparsepass.errors import OptionError
 
 LENGTH = 450
@@ -65,6 +69,7 @@ def test_attention_is_counted_by_shape() -> None:
         torch.randn(2, 100, 8).softmax(-1)  # a router
         torch.randn(2, 100, 64).softmax(-1)  # features
         torch.randn(200, 500).softmax(-1)  # logits
+        torch.randn(2, 3, 128, 16).softmax(2)  # tokens of a window weighted per feature
         F.scaled_dot_product_attention(x[:, :, :4], x[:, :, :4], x[:, :, :4])  # over layers
         assert sum(counted.sites.values()) == 5
     assert counted.shapes["softmax", 100, 100] == 4
@@ -161,15 +166,31 @@ def test_tables_count_and_list() -> None:
         {**record("e"), "error": "did not build", "stage": "build"},
         {**record("f"), "error": "no sdpa", "stage": "absent"},
     ]
-    assert totals(records) == [("decoder", "sdpa", "prefill", 3, 6, 5, 4, 1)]
+    (total,) = totals(records)
+    assert (total.models, total.sites, total.matched, total.rewritten, total.differ) == (3, 6, 5, 4, 1)
+    assert total.fused is None
     assert reasons(records) == [("why | not", 2, ["b"])]
     table = markdown(records, Sweep({"torch": "2"}, {"length": LENGTH}))
-    assert "| decoder | sdpa | prefill | 3 | 6 | 5 (83.3%) | 4 (66.7%) | 1 |" in table
+    assert "| decoder | sdpa | prefill | 3 | 6 | 0 | 5 (83.3%) | 4 (66.7%) | 1 |" in table
     assert "why \\| not" in table
     assert "| c (decoder, sdpa, prefill) | 5.0e-01 |" in table
     assert "did not build" in table
     assert "no sdpa" not in table
     assert "1 models DIFFER" in text(records)
+
+
+def test_tables_go_between_the_marks_of_a_document(tmp_path: Path) -> None:
+    sweep = Sweep({"torch": "2"}, {"length": 1})
+    sweep.add(record("a"))
+    sweep.save(tmp_path / "x.json")
+    document = tmp_path / "x.md"
+    for held in (f"# Kept\n{BEGIN}\nold\n{END}\nkept\n", "old"):
+        document.write_text(held)
+        given = ["coverage", "--merge", str(tmp_path / "x.json"), "--markdown", str(document)]
+        assert CliRunner().invoke(app, given).exit_code == 0
+        assert "old" not in document.read_text()
+        assert "| a | decoder | 2/2 |" in document.read_text()
+        assert ("kept" in document.read_text()) == ("kept" in held)
 
 
 def test_the_file_is_read_back(tmp_path: Path) -> None:
@@ -182,6 +203,66 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "y.json").write_text("{}")
     with pytest.raises(OptionError, match="no result"):
         Sweep.load(tmp_path / "y.json")
+
+
+def test_files_of_several_machines_are_merged(tmp_path: Path) -> None:
+    one = Sweep({"torch": "2", "transformers": "5"}, {"length": 1})
+    one.add(record("a"))
+    one.add(record("b"))
+    other = Sweep({"torch": "3", "transformers": "5"}, {"length": 1})
+    other.add({**record("a"), "error": "out of time", "stage": "run"})
+    other.add(record("b", rewritten=1))
+    for sweep, name in ((one, "one.json"), (other, "other.json.gz")):
+        sweep.save(tmp_path / name)
+    found = merged([Sweep.load(tmp_path / "one.json"), Sweep.load(tmp_path / "other.json.gz")])
+    assert found.versions == {"torch": "2 and 3", "transformers": "5"}
+    assert [held["rewritten"] for held in found.records.values()] == [2, 1], "measured counts more than an error"
+    with pytest.raises(OptionError, match="versions of transformers"):
+        merged([one, Sweep({"transformers": "4"}, {"length": 1})])
+    with pytest.raises(OptionError, match="lengths"):
+        merged([one, Sweep({"transformers": "5"}, {"length": 2})])
+    given = [str(tmp_path / name) for name in ("one.json", "other.json.gz")]
+    result = CliRunner().invoke(app, ["coverage", "--merge", *given, "--out", str(tmp_path / "all.json")])
+    assert result.exit_code == 0, result.output
+    assert "4 sites of 2 models" in result.stdout
+    assert Sweep.load(tmp_path / "all.json").records == found.records
+
+
+def test_sites_that_are_too_small_have_a_column() -> None:
+    (total,) = totals([record("a", small=1, rewritten=1)])
+    assert (total.sites, total.small, total.rewritten, total.share) == (2, 1, 1, 1.0)
+    assert own("sdpa", 64)["small"] == 1
+    assert "small" not in own("sdpa")
+
+
+def test_what_inductor_replaces_is_beside_it() -> None:
+    records = [record("a", fused=1), record("b", fused=0)]
+    assert totals(records)[0].fused == 1
+    assert "Inductor alone 1" in text(records)
+    assert "Inductor's fuse_attention" in markdown(records, Sweep({}, {"length": LENGTH}))
+    assert totals([*records, record("c", fused=None)])[0].fused is None
+
+
+def test_progress_says_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 30.0))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    Progress(4).done("llama", alarming=False)
+    assert capsys.readouterr().err == "[1/4 0:30, left 1:30] llama\n"
+
+
+def test_options_are_checked() -> None:
+    for wrong in (["--jobs", "0"], ["--limit", "0"], ["--minutes", "-1"], ["--merge", "x.json", "--sample"]):
+        result = CliRunner().invoke(app, ["coverage", *wrong])
+        assert result.exit_code == 2, wrong
+        assert wrong[0] in result.stderr
+
+
+def test_a_sweep_out_of_time_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    result = CliRunner().invoke(app, ["coverage", "--arch", "llama", "--minutes", "0.0001", "--out", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "6 are left" in result.stderr
+    assert Sweep.load(file).records == {}
 
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
@@ -198,6 +279,70 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
             own_model(wrong)
 
 
+REMOTE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own_words"
+
+    def __init__(self, vocab_size=5000, hidden_size=4096, num_attention_heads=32, doubled=False, **rest):
+        self.vocab_size, self.hidden_size, self.num_attention_heads = vocab_size, hidden_size, num_attention_heads
+        self.doubled = doubled
+        super().__init__(**rest)
+
+
+class OwnForCausalLM(PreTrainedModel):
+    config_class = OwnConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        assert config.doubled  # a setting of the checkpoint, not the default
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        x = self.embedding(input_ids)
+        heads = self.config.num_attention_heads
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return CausalLMOutputWithPast(logits=y.transpose(1, 2).flatten(2) @ self.embedding.weight.T)
+"""
+
+
+def test_a_checkpoint_with_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "own_checkpoint"
+    folder.mkdir()
+    (folder / "own_code.py").write_text(REMOTE)
+    config = {"model_type": "own_words", "doubled": True, "hidden_size": 8192}
+    config["auto_map"] = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OptionError, match="--trust-remote-code"):
+        checkpoint_kind(str(folder), trust=False)
+    assert checkpoint_kind(str(folder), trust=True) is Kind.DECODER
+    given = ["--model", str(folder), "--trust-remote-code", "--implementations", "sdpa", "--phases", "prefill"]
+    result = CliRunner().invoke(app, ["coverage", *given, "--json"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["records"]
+    assert (found.get("error"), found["sites"], found["rewritten"]) == (None, 1, 1)
+
+
+def test_what_a_checkpoint_is_must_be_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaModel"]}))
+    with pytest.raises(OptionError, match="LlamaModel"):
+        checkpoint_kind(str(tmp_path), trust=False)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    assert checkpoint_kind(str(tmp_path), trust=False) is Kind.DECODER
+    with pytest.raises(OptionError, match="--model"):
+        checkpoint_kind(str(tmp_path / "nothing"), trust=False)
+
+
 def test_what_does_not_build_is_a_record() -> None:
     found = list(records_of(Task(Kind.DECODER, "no_such_model", (("sdpa", Phase.PREFILL),), LENGTH)))
     assert [one["stage"] for one in found] == ["build"]
@@ -205,10 +350,22 @@ def test_what_does_not_build_is_a_record() -> None:
 
 
 @pytest.mark.slow
+def test_a_process_that_dies_costs_one_case() -> None:
+    """The other cases of its task go on in a new process."""
+    cases = (("sdpa", Phase.DECODE), ("sdpa", Phase.PREFILL), ("sdpa", Phase.PADDED))
+    running = run_all([Task(Kind.DECODER, "llama", cases, LENGTH)], jobs=2, limit=100)
+    found = [next(running)]
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    found += running
+    assert [one["phase"] for one in found] == ["decode", "prefill", "padded"]
+    assert [one.get("error") for one in found] == [None, "the process ended with code -9", None]
+
+
+@pytest.mark.slow
 def test_a_task_past_its_limit_is_recorded() -> None:
-    with Worker(limit=0.5) as worker:
-        found = list(worker.run(Task(Kind.DECODER, "llama", (("sdpa", Phase.PREFILL),), LENGTH)))
-        assert [one["error"] for one in found] == ["took longer than 0.5 s for this architecture"]
+    found = list(run_all([Task(Kind.DECODER, "llama", (("sdpa", Phase.PREFILL),), LENGTH)], 1, limit=0.5))
+    assert [one["error"] for one in found] == ["took longer than 0.5 s"]
 
 
 SHARE = {
@@ -231,11 +388,12 @@ def test_sample(arch: str, attn: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("COVERAGE_ALL"), reason="an hour; COVERAGE_ALL=1 runs it")
+@pytest.mark.skipif(not os.environ.get("COVERAGE_ALL"), reason="75 minutes of one core; COVERAGE_ALL=1 runs it")
 @pytest.mark.timeout(6 * 3600)
 def test_every_architecture(tmp_path: Path) -> None:
     """No output differs from eager, and every site that is not rewritten has its reason."""
-    result = CliRunner().invoke(app, ["coverage", "--out", str(tmp_path / "all.json")])
+    given = ["coverage", "--jobs", str(len(os.sched_getaffinity(0))), "--out", str(tmp_path / "all.json")]
+    result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     for found in Sweep.load(tmp_path / "all.json").records.values():
         accounted(found)

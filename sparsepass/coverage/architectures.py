@@ -57,9 +57,9 @@ def architectures(kinds: tuple[str, ...], names: tuple[str, ...] = ()) -> list[t
 
 
 def class_name(kind: Kind, arch: str) -> str:
-    """Name of the transformers class of an architecture; empty where the automatic class picks one."""
-    name = getattr(_modeling_auto(), _AUTO[kind][1], {}).get(arch, "")
-    return name if isinstance(name, str) else ""
+    """Name of the transformers class of an architecture; of several the first."""
+    name: str | tuple[str, ...] = getattr(_modeling_auto(), _AUTO[kind][1], {}).get(arch, "")
+    return name if isinstance(name, str) else name[0]
 
 
 def _modeling_auto() -> Any:

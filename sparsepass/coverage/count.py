@@ -23,9 +23,9 @@ _NATIVE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
 class AttentionCounter(TorchFunctionMode):
     """Counts executions of attention: calls of SDPA, and softmaxes over scores [.., Sq, Skv] of tokens.
 
-    A softmax over features or experts is told by its shape: two dimensions, a size in ``features``, or fewer than
-    ``SHORTEST`` entries. ``sites``: executions by what was called, ``sdpa`` or ``softmax``. ``shapes``: executions by
-    (what, query length, key length).
+    A softmax over features or experts is told by its shape: two dimensions, three and a size in ``features``, fewer
+    than ``SHORTEST`` entries, or not over the last dimension. ``sites``: executions by what was called, ``sdpa`` or
+    ``softmax``. ``shapes``: executions by (what, query length, key length).
     """
 
     def __init__(self, features: Iterable[int] = ()) -> None:
@@ -65,12 +65,13 @@ class AttentionCounter(TorchFunctionMode):
             return
         if self._scores is not None and self._scores() is scores:  # its logsumexp, besides its softmax
             return
-        size = scores.shape[dim]
-        if size < SHORTEST or size in self.features or not scores.is_floating_point():
+        if dim not in (-1, scores.ndim - 1):
+            return  # the tokens of a window weighted per feature, say: attention has its keys last
+        size = scores.shape[-1]
+        if size < SHORTEST or (scores.ndim == 3 and size in self.features) or not scores.is_floating_point():
             return
         self._scores = weakref.ref(scores)
-        rows = scores.shape[-2] if dim in (-1, scores.ndim - 1) else scores.numel() // size
-        self._add("softmax", rows, size)
+        self._add("softmax", scores.shape[-2], size)
 
     def _add(self, what: str, rows: int, keys: int) -> None:
         self.sites[what] += 1
@@ -83,9 +84,10 @@ def anchors(gm: fx.GraphModule) -> int:
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            held = node.meta.get("example_value")
-            if node.op not in ("call_function", "call_method") or not isinstance(held, torch.Tensor):
+            if node.op not in ("call_function", "call_method"):
                 continue
-            long = held.ndim > 2 and isinstance(held.shape[-1], int) and held.shape[-1] >= SHORTEST
+            held = node.meta.get("example_value")
+            scores = isinstance(held, torch.Tensor) and held.ndim > 2 and isinstance(held.shape[-1], int)
+            long = scores and held.shape[-1] >= SHORTEST
             found += name in (_SDPA, _COMPOSITE) or (name in _SOFTMAX and name != "logsumexp" and long)
     return found

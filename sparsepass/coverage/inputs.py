@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from sparsepass.coverage.architectures import Kind
-from sparsepass.coverage.tiny import VOCABULARY
-from sparsepass.errors import OptionError
+from sparsepass.coverage.special import VOCABULARY
 
 BATCH = 2
+NO_CACHE = "the output of the prefill has no cache"
 
 
 class Phase(StrEnum):
@@ -50,11 +47,8 @@ def call_for(model: Any, kind: Kind, phase: Phase, length: int) -> Call:
 
     generator = torch.Generator().manual_seed(0)
     if kind is Kind.VISION:
-        config = model.config
-        size = getattr(config, "image_size", 128)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        pixels = torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
-        return Call(lambda: ((), {"pixel_values": pixels}))
+        pixels = _image(model, generator)
+        return Call(lambda: ((), dict(pixels)))
     ids = torch.randint(4, VOCABULARY - 16, (BATCH, length), generator=generator)
     given: dict[str, Any] = {"input_ids": ids}
     real = None
@@ -75,34 +69,32 @@ def call_for(model: Any, kind: Kind, phase: Phase, length: int) -> Call:
     return Call(lambda: ((), dict(given)), real)
 
 
+def _image(model: Any, generator: Any) -> dict[str, Any]:
+    """What an image classifier takes: an image for most; its patches; tokens, of pixels or of text."""
+    import torch
+
+    config = model.config
+    if config.model_type in ("imagegpt", "shieldgemma2"):
+        return {"input_ids": torch.randint(4, 256, (BATCH, 256), generator=generator)}
+    vision = getattr(config, "vision_config", config)
+    channels = getattr(vision, "num_channels", 3)
+    if config.model_type == "siglip2":
+        side = int(vision.num_patches**0.5)
+        return {
+            "pixel_values": torch.randn(BATCH, side * side, channels * vision.patch_size**2, generator=generator),
+            "pixel_attention_mask": torch.ones(BATCH, side * side, dtype=torch.int64),
+            "spatial_shapes": torch.tensor([[side, side]] * BATCH),
+        }
+    size = getattr(config, "image_size", getattr(vision, "image_size", 128))
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    name = "inputs" if config.model_type == "perceiver" else "pixel_values"
+    return {name: torch.randn(BATCH, channels, height, width, generator=generator)}
+
+
 def _after_prefill(model: Any, ids: Any) -> dict[str, Any]:
     out = model(input_ids=ids, use_cache=True)
     for name in ("past_key_values", "cache_params", "mems", "state", "past_buckets_states"):
         held = getattr(out, name, None)
         if held is not None:
             return {"input_ids": ids[:, -1:], name: held, "use_cache": True}
-    raise ValueError("the output of the prefill has no cache")
-
-
-def own_model(text: str) -> tuple[Any, Call]:
-    """A model of the user's own: ``module:function`` or ``file.py:function`` names what returns (model, inputs).
-
-    The inputs are a dict of keyword arguments, a tuple of positional ones, or one tensor. Raises ``OptionError``.
-    """
-    place, _, name = text.rpartition(":")
-    if not place or not name:
-        raise OptionError(f"--model is {text!r}; accepted is module:function, or file.py:function.")
-    try:
-        if place.endswith(".py"):
-            file = Path(place).resolve()
-            sys.path.insert(0, str(file.parent))
-            place = file.stem
-        elif "" not in sys.path:
-            sys.path.insert(0, "")
-        made = getattr(importlib.import_module(place), name)()
-        model, inputs = made
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise OptionError(f"--model {text!r}: {error}. Accepted is a function that returns (model, inputs).") from error
-    if isinstance(inputs, dict):
-        return model, Call(lambda: ((), dict(inputs)))
-    return model, Call(lambda: (inputs if isinstance(inputs, tuple) else (inputs,), {}))
+    raise ValueError(NO_CACHE)

@@ -21,7 +21,7 @@ from sparsepass.counters import Counts
 from sparsepass.coverage.count import SHORTEST, AttentionCounter, anchors
 from sparsepass.coverage.inputs import Call
 from sparsepass.coverage.reasons import CAPTURED_LESS, CAPTURED_MORE, NOT_SEEN, NOTHING_LEFT_OUT, general
-from sparsepass.coverage.tiny import HIDDEN, INTERMEDIATE, VOCABULARY
+from sparsepass.coverage.special import HIDDEN, INTERMEDIATE, VOCABULARY
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.policy import Policy
 from sparsepass.policy_rules import Rule
@@ -49,6 +49,7 @@ class TwoBudgets:
         self.anchors = 0
         """Softmax and SDPA nodes in the graphs that ran in the last call, each as often as it ran."""
         self.fused: int | None = 0 if fused else None
+        """What Inductor's own fuse_attention replaces; None where that is not asked for, or fails."""
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Any:
         made = []
@@ -57,7 +58,10 @@ class TwoBudgets:
             made.append(backend(gm, examples, options=options))
         self.graphs.append((made[0], made[1]))
         if self.fused is not None:
-            self.fused += dynamo.fused_attention(gm, examples)
+            try:
+                self.fused += dynamo.fused_attention(gm, examples)
+            except Exception:  # Inductor's matter: the measurement goes on
+                self.fused = None
         inside = anchors(gm)
 
         def call(*args: Any) -> Any:
@@ -83,6 +87,9 @@ def measure(model: Any, call: Call, *, decode: bool = False, fused: bool = False
             wanted = model(*args, **kwargs)
         record["sites"] = sum(counter.sites.values())
         record["called"] = dict(counter.sites)
+        small = sum(count for (_, rows, keys), count in counter.shapes.items() if rows == 1 or keys <= BLOCK)
+        if small and not decode:
+            record["small"] = small
         if not record["sites"]:  # a state-space model, say: nothing to rewrite, and slow to capture
             return record | {"matched": 0, "rewritten": 0, "reasons": {}, "equal": True, "difference": 0.0}
         record["eager_seconds"] = round(time.monotonic() - began, 2)

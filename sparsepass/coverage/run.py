@@ -1,27 +1,34 @@
-"""``sparsepass coverage``: every architecture, one after the other."""
+"""``sparsepass coverage``: every architecture, several side by side."""
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
-from sparsepass.bench.progress import reporter
 from sparsepass.coverage.architectures import Kind, architectures
-from sparsepass.coverage.inputs import Phase, own_model, phases_of
-from sparsepass.coverage.store import Record, Sweep
+from sparsepass.coverage.inputs import Phase, phases_of
+from sparsepass.coverage.own import checkpoint_kind, is_function, own_model
+from sparsepass.coverage.progress import progress
+from sparsepass.coverage.store import Record, Sweep, merged
 from sparsepass.coverage.tables import line, markdown, text
-from sparsepass.coverage.worker import Task, Worker
+from sparsepass.coverage.worker import Task, run_all
+from sparsepass.errors import OptionError
 from sparsepass.inspection import versions
 
 SAMPLE = ("llama", "gemma2", "qwen3", "gpt2", "opt", "bert", "t5", "vit")
 """Architectures of ``--sample``: grouped queries, windows, softcap, an encoder, an encoder-decoder, vision."""
+
+
+BEGIN, END = "<!-- tables: written by sparsepass coverage --markdown -->", "<!-- end of tables -->"
+"""Marks of the part of a Markdown file that is written anew."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,10 @@ class CoverageOptions:
         (), "Kinds of models; default: all, decoders first.", "Models", choices=tuple(map(str, Kind))
     )
     sample: bool = option(False, "Eight architectures that differ.", "Models")
-    model: str = option("", "Your own: module:function or file.py:function, returning (model, inputs).", "Models")
+    model: str = option(
+        "", "Your own: module:function or file.py:function, returning (model, inputs); or a checkpoint.", "Models"
+    )
+    trust_remote_code: bool = option(False, "Run the code that a checkpoint brings along.", "Models")
     implementations: tuple[str, ...] = option(
         ("sdpa", "eager"), "attn_implementation of the models.", "Models", choices=("sdpa", "eager")
     )
@@ -42,43 +52,80 @@ class CoverageOptions:
     )
     length: int = option(450, "Tokens of the prompt; blocks have 64.", "Input")
     fuse_attention: bool = option(False, "Count what Inductor's own fuse_attention replaces, too.", "Run")
-    limit: float = option(120.0, "Seconds for one architecture.", "Run")
-    time_limit: float = option(0.0, "Seconds after which no further architecture is begun; 0: none.", "Run")
+    jobs: int = option(1, "Processes that measure side by side, one thread each.", "Run")
+    limit: float = option(120.0, "Seconds for one model and phase.", "Run")
+    minutes: float = option(0.0, "Ends after so long, with what there is in --out; 0: no end.", "Run")
     retry: bool = option(False, "Measure again what failed in the file's earlier run.", "Run")
     again: bool = option(False, "Measure again what the file has.", "Run")
+    merge: tuple[Path, ...] = option((), "Files of other runs, put together in --out; nothing is measured.", "Run")
     out: Path | None = option(
-        None, "JSON file, written after every architecture; gone on with if it is there.", "Output"
+        None, "JSON file (.json, .json.gz), written all along; gone on with if it is there.", "Output"
     )
-    markdown: Path | None = option(None, "Markdown file for the tables.", "Output")
+    markdown: Path | None = option(
+        None, "Markdown file for the tables; of a file with marks the part between them.", "Output"
+    )
     as_json: bool = option(False, "The same JSON on stdout, no tables.", "Output")
 
 
 def run(options: CoverageOptions) -> int:
-    """Measures what the file does not have. Returns the exit status: 1 if an output differs from eager's."""
-    settings = json.loads(json.dumps({"length": options.length}))
-    sweep = Sweep(versions(), settings)
-    if options.out is not None and options.out.exists() and not options.again:
-        earlier = Sweep.load(options.out)
-        if (earlier.versions, earlier.settings) == (sweep.versions, sweep.settings):
-            sweep = earlier
-        else:
-            print(f"{options.out} is of other versions or another length: measured anew.", file=sys.stderr)
-    if options.model:
+    """Measures what the file does not have. Returns the exit status: 1 if an output differs from eager's.
+
+    A sweep that ``--minutes`` has ended gives 0. Raises ``OptionError``.
+    """
+    _check(options)
+    through = True
+    if options.merge:
+        sweep = merged([Sweep.load(file) for file in options.merge])
+        records = list(sweep.records.values())
+    elif is_function(options.model):
+        sweep = _begun(options)
         records = [_own(options)]
         for record in records:
             sweep.add(record)
     else:
-        records = _sweep(options, sweep)
+        sweep = _begun(options)
+        records, through = _sweep(options, sweep)
     if options.out is not None:
         sweep.save(options.out)
     if options.markdown is not None:
-        options.markdown.write_text(markdown(records, sweep), encoding="utf-8")
+        _write(options.markdown, markdown(records, sweep))
     if options.as_json:
         json.dump({"versions": sweep.versions, **asdict_plain(options), "records": records}, sys.stdout, indent=1)
         print()
     else:
         print(text(records))
-    return int(any(record.get("equal") is False for record in records))
+    return int(through and any(record.get("equal") is False for record in records))
+
+
+def _write(file: Path, tables: str) -> None:
+    held = file.read_text(encoding="utf-8") if file.exists() else ""
+    before, begin, rest = held.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    text = f"{before}{begin}\n\n{tables}\n{end}{after}" if begin and end else tables
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"--markdown {str(file)!r} cannot be written: {error.strerror}.") from error
+
+
+def _check(options: CoverageOptions) -> None:
+    if options.jobs < 1:
+        raise OptionError(f"--jobs is {options.jobs}; accepted: 1 or more, at most one for each core.")
+    if options.limit <= 0 or options.minutes < 0:
+        raise OptionError(f"--limit {options.limit:g}, --minutes {options.minutes:g}: accepted are positive numbers.")
+    if options.merge and (options.model or options.arch or options.sample):
+        raise OptionError("--merge measures nothing: leave out --arch, --model and --sample.")
+
+
+def _begun(options: CoverageOptions) -> Sweep:
+    """The sweep of the file, if it is of this machine's versions, or a new one."""
+    sweep = Sweep(versions(), {"length": options.length})
+    if options.out is not None and options.out.exists() and not options.again:
+        earlier = Sweep.load(options.out)
+        if (earlier.versions, earlier.settings) == (sweep.versions, sweep.settings):
+            return earlier
+        print(f"{options.out} is of other versions or another length: measured anew.", file=sys.stderr)
+    return sweep
 
 
 def asdict_plain(options: CoverageOptions) -> dict[str, Any]:
@@ -88,6 +135,11 @@ def asdict_plain(options: CoverageOptions) -> dict[str, Any]:
 
 def tasks(options: CoverageOptions) -> list[Task]:
     """What is asked for, whether the file has it or not. Raises ``OptionError``."""
+    if options.model:
+        kind = checkpoint_kind(options.model, options.trust_remote_code)
+        cases = _cases(kind, options)
+        fused, trust = options.fuse_attention, options.trust_remote_code
+        return [Task(kind, options.model, cases, options.length, fused, checkpoint=True, trust=trust)]
     names = SAMPLE if options.sample and not options.arch else options.arch
     wanted = architectures(options.kinds, names)
     if options.sample and not options.arch:
@@ -95,31 +147,59 @@ def tasks(options: CoverageOptions) -> list[Task]:
         wanted = [(Kind.ENCODER if name == "bert" else kind, name) for kind, name in wanted]
     found = []
     for kind, name in wanted:
-        phases = [phase for phase in phases_of(kind) if phase in options.phases]
-        cases = tuple((attn, phase) for attn in options.implementations for phase in phases)
+        cases = _cases(kind, options)
         if cases:
             found.append(Task(kind, name, cases, options.length, options.fuse_attention))
     return found
 
 
-def _sweep(options: CoverageOptions, sweep: Sweep) -> list[Record]:
+def _cases(kind: Kind, options: CoverageOptions) -> tuple[tuple[str, Phase], ...]:
+    phases = [phase for phase in phases_of(kind) if phase in options.phases]
+    return tuple((attn, phase) for attn in options.implementations for phase in phases)
+
+
+SAVE_S = 5.0
+"""How often the file is written while a sweep runs."""
+
+
+def _sweep(options: CoverageOptions, sweep: Sweep) -> tuple[list[Record], bool]:
+    """The records of what is asked for, and whether all of it was measured."""
+    from sparsepass.kernels.cpu_build import library
+
     wanted = tasks(options)
     left = [task for task in (_left(task, sweep, options) for task in wanted) if task.cases]
-    began = time.monotonic()
-    with reporter(len(left), quiet=options.as_json) as bars, Worker(options.limit) as worker:
-        for task in left:
-            if options.time_limit and time.monotonic() - began > options.time_limit:
-                bars.say(f"The time limit of {options.time_limit:g} s was reached; run the command again to go on.")
-                break
-            bars.problem(f"{task.arch} ({task.kind})")
-            bars.steps("", len(task.cases))
-            for record in worker.run(task):
-                sweep.add(record)
-                bars.say("  " + line(record))
-                bars.advance()
-            if options.out is not None:
+    if options.jobs > 1:
+        left = [part for task in left for part in _apart(task)]
+        random.Random(0).shuffle(left)  # relatives are alike, and the slow ones would come together
+        library()  # built once, not by every process
+    cases, saved = sum(len(task.cases) for task in left), time.monotonic()
+    done = 0
+    with progress(cases, quiet=options.as_json) as shown:
+        for record in run_all(left, options.jobs, options.limit, options.minutes * 60 or None):
+            sweep.add(record)
+            done += 1
+            shown.done(line(record), alarming(record))
+            if options.out is not None and time.monotonic() - saved > SAVE_S:
                 sweep.save(options.out)
-    return list(_of(wanted, sweep))
+                saved = time.monotonic()
+    if done < cases:
+        print(
+            f"--minutes {options.minutes:g} are over: {done} of {cases} measurements were made, {cases - done} are left"
+            + (f". The same command goes on with {options.out}." if options.out else "; with --out they could go on."),
+            file=sys.stderr,
+        )
+    return list(_of(wanted, sweep)), done >= cases
+
+
+def _apart(task: Task) -> Iterator[Task]:
+    """A task per implementation: they share no work."""
+    for implementation in dict.fromkeys(attn for attn, _ in task.cases):
+        yield replace(task, cases=tuple(case for case in task.cases if case[0] == implementation))
+
+
+def alarming(record: Record) -> bool:
+    """Whether something is to be seen to: it did not run, or gives other results."""
+    return ("error" in record and record.get("stage") != "absent") or record.get("equal") is False
 
 
 def _left(task: Task, sweep: Sweep, options: CoverageOptions) -> Task:
@@ -129,7 +209,7 @@ def _left(task: Task, sweep: Sweep, options: CoverageOptions) -> Task:
         if (held := sweep.records.get((str(task.kind), task.arch, attn, str(phase)))) is None
         or (options.retry and "error" in held and held.get("stage") != "absent")
     )
-    return Task(task.kind, task.arch, cases, task.length, task.fused)
+    return replace(task, cases=cases)
 
 
 def _of(wanted: list[Task], sweep: Sweep) -> Iterator[Record]:
@@ -154,5 +234,5 @@ COMMAND = Command(
     run,
     "Which attention of which transformers architectures is rewritten, and why the rest is not. Interrupted, it goes "
     "on where it was.",
-    "Example: sparsepass coverage --arch llama gemma2 --phases prefill padded --out coverage.json",
+    "Example: sparsepass coverage --arch llama gemma2 --phases prefill padded --jobs 2 --out coverage.json",
 )

@@ -1,9 +1,11 @@
-"""The file of a sweep: written after every architecture, gone on with by the next run."""
+"""The file of a sweep: written all along, gone on with by the next run, merged with those of other machines."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from sparsepass.errors import OptionError
 
 FORMAT, VERSION = "sparsepass.coverage", 1
+_GZIP = b"\x1f\x8b"
 Record = dict[str, Any]
 Key = tuple[str, str, str, str]
 
@@ -32,14 +35,15 @@ class Sweep:
         self.records[key_of(record)] = record
 
     def save(self, file: Path) -> None:
-        """Writes the file whole or not at all. Raises ``OptionError``."""
+        """Writes the file whole or not at all; packed, if its name ends in .gz. Raises ``OptionError``."""
         lines = ",\n".join("  " + json.dumps(record) for record in self.records.values())
         head = {"format": FORMAT, "version": VERSION, "versions": self.versions, "settings": self.settings}
         text = json.dumps(head)[:-1] + ', "records": [\n' + lines + "\n]}\n"
         part = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, encoding="utf-8")
+            data = text.encode()
+            part.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
             os.replace(part, file)
         except OSError as error:
             raise OptionError(f"{str(file)!r} cannot be written: {error.strerror}.") from error
@@ -48,12 +52,37 @@ class Sweep:
     def load(cls, file: Path) -> Sweep:
         """Reads what ``save`` wrote. Raises ``OptionError``."""
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            held = file.read_bytes()
+            data = json.loads(gzip.decompress(held) if held.startswith(_GZIP) else held)
+        except (OSError, EOFError, ValueError) as error:
             raise OptionError(f"{str(file)!r} cannot be read as JSON: {error}.") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
             raise OptionError(f"{str(file)!r} is no result of sparsepass coverage (version {VERSION}).")
-        held = cls(data["versions"], data["settings"])
+        sweep = cls(data["versions"], data["settings"])
         for record in data["records"]:
-            held.add(record)
-        return held
+            sweep.add(record)
+        return sweep
+
+
+def merged(sweeps: Sequence[Sweep]) -> Sweep:
+    """One sweep of several, made on different machines of the same transformers and length.
+
+    Of two records of the same model and phase the later counts, but one that was measured counts more than an error.
+    Versions that differ are all listed. Raises ``OptionError``.
+    """
+    first = sweeps[0]
+    together = Sweep(dict(first.versions), dict(first.settings))
+    for sweep in sweeps:
+        for what, mine, other in (
+            ("lengths", together.settings, sweep.settings),
+            ("versions of transformers", first.versions.get("transformers"), sweep.versions.get("transformers")),
+        ):
+            if mine != other:
+                raise OptionError(f"The files are of different {what}, {mine} and {other}: they cannot be merged.")
+        for name, version in sweep.versions.items():
+            known = together.versions.get(name, version).split(" and ")
+            together.versions[name] = " and ".join(dict.fromkeys([*known, version]))
+        for key, record in sweep.records.items():
+            if "error" not in record or "error" in together.records.get(key, record):
+                together.add(record)
+    return together

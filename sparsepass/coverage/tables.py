@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 from sparsepass.coverage.store import Record, Sweep
+from sparsepass.coverage.totals import Total, failures, large, measured, reasons, totals
 
 
 def line(record: Record) -> str:
     """One record, for the progress of a run."""
     what = f"{record['arch']} {record['implementation']} {record['phase']}"
+    if record.get("stage") == "absent":
+        return f"{what}: not there"
     if "error" in record:
         return f"{what}: {record['error']}"
     verb = "recognized" if record["phase"] == "decode" else "rewritten"
@@ -22,50 +25,18 @@ def line(record: Record) -> str:
     return "; ".join(parts)
 
 
-def measured(records: Iterable[Record]) -> list[Record]:
-    """Records of models that ran and have attention."""
-    return [record for record in records if "error" not in record and record["sites"]]
-
-
-def totals(records: Iterable[Record]) -> list[tuple[str, str, str, int, int, int, int, int]]:
-    """Per kind, implementation and phase: models, sites, matched, rewritten (decode: 0), models that differ."""
-    groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
-    for record in measured(records):
-        groups[record["kind"], record["implementation"], record["phase"]].append(record)
-    return [
-        (
-            *key,
-            len(group),
-            sum(record["sites"] for record in group),
-            sum(min(record["matched"], record["sites"]) for record in group),
-            sum(min(record["rewritten"], record["sites"]) for record in group),
-            sum(not record.get("equal", True) for record in group),
-        )
-        for key, group in groups.items()
-    ]
-
-
-def reasons(records: Iterable[Record], phases: Sequence[str] = ()) -> list[tuple[str, int, list[str]]]:
-    """Reasons of what is not rewritten, most frequent first: executions, and the architectures."""
-    counts: Counter[str] = Counter()
-    where: dict[str, list[str]] = defaultdict(list)
-    for record in measured(records):
-        if phases and record["phase"] not in phases:
-            continue
-        for reason, count in record["reasons"].items():
-            counts[reason] += count
-            if record["arch"] not in where[reason]:
-                where[reason].append(record["arch"])
-    return [(reason, count, where[reason]) for reason, count in counts.most_common()]
-
-
 def text(records: Sequence[Record]) -> str:
     """The totals, the reasons and the failures, for a terminal."""
     lines = [""]
-    for kind, attn, phase, models, sites, matched, rewritten, differ in totals(records):
-        share = f"{rewritten} rewritten ({rewritten / sites:.0%})" if phase != "decode" else "dense by design"
-        wrong = f", {differ} models DIFFER from eager" if differ else ""
-        lines.append(f"{kind}, {attn}, {phase}: {sites} sites of {models} models, {matched} matched, {share}{wrong}")
+    for total in totals(records):
+        done = f"{total.matched} recognized" if total.phase == "decode" else f"{total.rewritten} rewritten"
+        small = f", {total.small} too small" if total.small else ""
+        fused = f", Inductor alone {total.fused}" if total.fused is not None else ""
+        wrong = f", {total.differ} models DIFFER from eager" if total.differ else ""
+        lines.append(
+            f"{total.kind}, {total.implementation}, {total.phase}: {total.sites} sites of {total.models} models{small}"
+            f", {done} ({total.share:.1%}){fused}{wrong}"
+        )
     listed = reasons(records)
     if listed:
         lines += ["", "Not rewritten:"]
@@ -77,31 +48,22 @@ def text(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def failures(records: Iterable[Record]) -> list[tuple[str, list[str]]]:
-    """Why models did not build or run; an implementation that an architecture does not have is no failure."""
-    where: dict[str, list[str]] = defaultdict(list)
-    for record in records:
-        if "error" in record and record.get("stage") != "absent" and record["arch"] not in where[record["error"]]:
-            where[record["error"]].append(record["arch"])
-    return sorted(where.items(), key=lambda item: -len(item[1]))
-
-
 def markdown(records: Sequence[Record], sweep: Sweep) -> str:
     """The tables of the documentation."""
     held = ", ".join(f"{name} {version}" for name, version in sweep.versions.items())
     rows = [f"{held}; {sweep.settings['length']} tokens, fp32, CPU.", ""]
-    rows += ["| kind | attention | phase | models | sites | matched | rewritten | differ from eager |"]
-    rows += ["|---|---|---|--:|--:|--:|--:|--:|"]
-    for kind, attn, phase, models, sites, matched, rewritten, differ in totals(records):
-        share = f"{rewritten} ({rewritten / sites:.1%})" if phase != "decode" else "-"
-        rows.append(
-            f"| {kind} | {attn} | {phase} | {models} | {sites} | {matched} ({matched / sites:.1%}) | {share} "
-            f"| {differ} |"
-        )
-    rows += ["", "### Why sites are not rewritten", "", "| executions | architectures | reason | for instance |"]
-    rows += ["|--:|--:|---|---|"]
-    for reason, count, archs in reasons(records):
-        rows.append(f"| {count} | {len(archs)} | {_cell(reason)} | {_some(archs)} |")
+    rows += _total_rows(totals(records))
+    for title, phases in (
+        ("Why sites are not rewritten", ("prefill", "padded", "own")),
+        ("Why sites are not recognized in decode", ("decode",)),
+    ):
+        listed = reasons(records, phases)
+        if listed:
+            rows += ["", f"### {title}", "", "| executions | architectures | reason | for instance |"]
+            rows += ["|--:|--:|---|---|"]
+            rows += [
+                f"| {count} | {len(archs)} | {_cell(reason)} | {_some(archs)} |" for reason, count, archs in listed
+            ]
     differing = [record for record in measured(records) if not record.get("equal", True)]
     if differing:
         rows += ["", "### Outputs that differ from eager", "", "| model | largest difference |", "|---|--:|"]
@@ -115,9 +77,27 @@ def markdown(records: Sequence[Record], sweep: Sweep) -> str:
     return "\n".join(rows) + "\n"
 
 
+def _total_rows(found: Sequence[Total]) -> list[str]:
+    fused = any(total.fused is not None for total in found)
+    rows = ["| kind | attention | phase | models | sites | too small | matched | rewritten |"]
+    rows += ["|---|---|---|--:|--:|--:|--:|--:|"]
+    rows[0] += " differ from eager |" + " Inductor's fuse_attention |" * fused
+    rows[1] += "--:|" + "--:|" * fused
+    for total in found:
+        decode = total.phase == "decode"
+        cells = [total.kind, total.implementation, total.phase, total.models, total.sites, total.small]
+        cells.append(f"{total.matched} ({total.matched / total.sites:.1%})")
+        cells.append("-" if decode else f"{total.rewritten} ({total.share:.1%})")
+        cells.append(total.differ)
+        if fused:
+            cells.append("-" if total.fused is None else total.fused)
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return rows
+
+
 _ARCHITECTURES = (
-    "Rewritten of counted sites; in decode, recognized of counted. `-`: the model has no such implementation or no "
-    "attention there, or it did not run."
+    "Rewritten of counted sites, those too small left out; in decode, recognized of counted. `-`: the model has no "
+    "such implementation or no attention there, or it did not run. `*`: the output differs from eager's."
 )
 
 
@@ -128,11 +108,13 @@ def _by_architecture(records: Sequence[Record]) -> list[str]:
     rows += ["|---|---|" + "--:|" * len(columns)]
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = defaultdict(dict)
     for record in measured(records):
-        done = record["matched"] if record["phase"] == "decode" else record["rewritten"]
-        fused = f" (Inductor {record['fused']})" if "fused" in record else ""
+        done, sites = record["rewritten"], large(record)
+        if record["phase"] == "decode":
+            done, sites = record["matched"], record["sites"]
+        fused = f" ({record['fused']})" if record.get("fused") is not None else ""
         mark = "" if record.get("equal", True) else " *"
         cells[record["arch"], record["kind"]][record["implementation"], record["phase"]] = (
-            f"{done}/{record['sites']}{mark}{fused}"
+            f"{done}/{sites}{mark}{fused}"
         )
     for (arch, kind), held in cells.items():
         rows.append(f"| {arch} | {kind} | " + " | ".join(held.get(column, "-") for column in columns) + " |")

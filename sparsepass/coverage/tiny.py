@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from sparsepass.coverage.architectures import Kind, class_name
+from sparsepass.coverage.own import checkpoint_config
+from sparsepass.coverage.special import (
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    MADE,
+    SPECIAL,
+    VOCABULARY,
+    WINDOW,
+)
 from sparsepass.models import ModelError
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 64, 128, 320
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
-LAYERS, EXPERTS, WINDOW, POSITIONS = 1, 4, 200, 1024
+LAYERS, POSITIONS = 1, 1024
 """One layer of each type: they are all alike, and capturing them is most of the time."""
 MOST_PARAMETERS = 80_000_000
 """A configuration that stays larger than this is not built."""
@@ -23,6 +35,8 @@ def _names(value: Any, names: str) -> dict[str, Any]:
 
 _SET_ANYWAY = ("head_dim", "n_inner", "pad_token_id", "num_key_value_heads")
 LISTED = "is listed on its own"
+ABSENT = "does not support an attention impl"
+"""What transformers says of a model without SDPA."""
 
 
 SIZES: dict[str, Any] = (
@@ -72,22 +86,6 @@ SIZES: dict[str, Any] = (
 )
 """Sizes by the names that configurations give them. A name that ends in ``_`` is left out, on purpose."""
 
-SPECIAL: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 200},
-    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "is_decoder": True, "num_buckets": 8},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-    "xlnet": {"d_head": HEAD_DIM, "d_inner": INTERMEDIATE},
-    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
-    "zamba": {"num_hidden_layers": 4},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": INTERMEDIATE, "moe_num_experts": EXPERTS, "moe_top_k": 2},
-    },
-    "rwkv": {"num_hidden_layers": 2},
-    "xmod": {"default_language": "en_XX"},
-}
-"""What some architectures need besides: patterns of layers that the default spreads over many layers."""
-
 
 def tiny_config(arch: str, kind: Kind) -> Any:
     """The small configuration of an architecture. Raises ``ModelError``."""
@@ -95,7 +93,9 @@ def tiny_config(arch: str, kind: Kind) -> Any:
 
     mapping: Any = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     try:
-        default = mapping[arch]()
+        if (kind, arch) in MADE:
+            return MADE[kind, arch]()
+        default = _default(mapping[arch], arch, kind)
         if kind is Kind.DECODER:
             text = default.get_text_config(decoder=True)
             if type(text) is not type(default) and text.model_type in mapping:
@@ -109,53 +109,88 @@ def tiny_config(arch: str, kind: Kind) -> Any:
         raise ModelError(f"no tiny configuration: {first_line(error)}") from error
 
 
+def _default(made: Callable[[], Any], arch: str, kind: Kind) -> Any:
+    """The default configuration; of the part that the model class takes, where the whole has none."""
+    import transformers
+
+    try:
+        return made()
+    except Exception:
+        own: Any = getattr(getattr(transformers, class_name(kind, arch), None), "config_class", made)
+        if own is made:
+            raise
+        return own()
+
+
 def build(arch: str, kind: Kind, implementation: str) -> Any:
     """A tiny random fp32 model in eval mode on the CPU. Raises ``ModelError`` with what went wrong."""
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     config = tiny_config(arch, kind)
-    auto: Any = getattr(transformers, kind.auto_class)
     own: Any = getattr(transformers, class_name(kind, arch), None)
+    if own is not None and isinstance(config, getattr(own, "config_class", None) or ()):
+        return _built(own._from_config, config, implementation)  # also for parts of larger models
+    return _built(getattr(transformers, kind.auto_class).from_config, config, implementation)
 
-    def make() -> Any:
-        given = {"attn_implementation": implementation, "dtype": torch.float32}
-        if own is not None and isinstance(config, getattr(own, "config_class", None) or ()):
-            return own._from_config(copy.deepcopy(config), **given)  # also for parts of larger models
-        return auto.from_config(copy.deepcopy(config), **given)
+
+def build_checkpoint(source: str, kind: Kind, implementation: str, trust: bool) -> Any:
+    """The same of a checkpoint's configuration, its own settings kept but for the sizes; its weights are not read.
+
+    ``trust`` lets transformers run the checkpoint's own code. Raises ``ModelError``.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    given = checkpoint_config(source, trust)
+    try:
+        config = _shrunk(given, kind, given.to_dict())
+    except Exception as error:
+        raise ModelError(f"its configuration cannot be made small: {first_line(error)}") from error
+    config._name_or_path = source
+    if getattr(given, "auto_map", None):
+        config.auto_map = given.auto_map
+    auto: Any = getattr(transformers, kind.auto_class)
+    return _built(functools.partial(auto.from_config, trust_remote_code=trust), config, implementation)
+
+
+def _built(make: Callable[..., Any], config: Any, implementation: str) -> Any:
+    import torch
+
+    def made() -> Any:
+        return make(copy.deepcopy(config), attn_implementation=implementation, dtype=torch.float32)
 
     try:
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in make().parameters())
+            size = sum(parameter.numel() for parameter in made().parameters())
     except Exception:
         size = 0  # some constructors compute with their weights
     if size > MOST_PARAMETERS:
         raise ModelError(f"the tiny configuration still has {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
     try:
-        model = make().eval()
+        model = made().eval()
     except Exception as error:
         raise ModelError(f"the tiny model cannot be built: {first_line(error)}") from error
-    _settle(model)
+    settle(model)
     return model
 
 
-def _settle(model: Any) -> None:
+def settle(model: Any) -> None:
     """Parameters that a constructor left unset (gates, sinks, positions) get small values."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.numel():
                 continue
             if not torch.isfinite(parameter).all() or parameter.abs().max() > 1e4:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def _shrunk(default: Any, kind: Kind) -> Any:
-    """The configuration again with every size made small; parts of it likewise."""
+def _shrunk(default: Any, kind: Kind, kept: dict[str, Any] | None = None) -> Any:
+    """The configuration again with every size made small; parts of it likewise. ``kept``: its other settings."""
     made = type(default)
     held = default.to_dict()
     mapped = getattr(default, "attribute_map", {})
@@ -167,9 +202,6 @@ def _shrunk(default: Any, kind: Kind) -> Any:
         several = isinstance(held.get(name), list | tuple) and not isinstance(fields[name], list)
         if unused or several:
             del fields[name]
-    for alias, name in mapped.items():
-        if alias in fields and name in fields:
-            del fields[alias]
     if "kv_lora_rank" in known and "num_key_value_heads" in fields:
         fields["num_key_value_heads"] = HEADS  # latent attention expands to every head
     for name in getattr(made, "sub_configs", {}):
@@ -180,10 +212,13 @@ def _shrunk(default: Any, kind: Kind) -> Any:
     rope = getattr(default, "rope_parameters", None)
     if rope and "mrope_section" in str(rope):
         fields["rope_parameters"] = _scaled_sections(rope)
-    if kind is Kind.DECODER and "is_decoder" in known:
+    if kind is Kind.DECODER and hasattr(default, "is_decoder"):
         fields["is_decoder"] = True
     fields |= SPECIAL.get(default.model_type, {})
-    return _make(made, fields)
+    for alias, name in mapped.items():
+        if alias in fields and name in fields:
+            del fields[alias]
+    return _make(made, (kept or {}) | fields)
 
 
 def _make(made: Callable[..., Any], fields: dict[str, Any]) -> Any:
@@ -200,7 +235,7 @@ def _make(made: Callable[..., Any], fields: dict[str, Any]) -> Any:
 def _layers(default: Any) -> dict[str, Any]:
     """One layer of each type, so that windows, full and linear attention are all there."""
     types = getattr(default, "layer_types", None)
-    if not types:
+    if not types or isinstance(getattr(type(default), "layer_types", None), list):  # the names that a class accepts
         return {}
     distinct = list(dict.fromkeys(types))
     chosen = distinct if len(distinct) > 1 else distinct * LAYERS
@@ -232,9 +267,13 @@ def _derived(made: type, name: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says, at most 200 characters."""
+    """The kind of an error and the first line of what it says, at most 200 characters.
+
+    Of a validation error, whose first line names a validator, the second.
+    """
     lines = str(error).strip().splitlines()
-    text = " ".join(lines[0].split())[:200] if lines else ""
+    place = int(len(lines) > 1 and "Validation" in type(error).__name__)
+    text = " ".join(lines[place].split())[:200] if lines else ""
     return (
         f"{type(error).__name__}: {text}"
         if text and not isinstance(error, ModelError)
