@@ -83,7 +83,13 @@ FILES = [
     path
     for folder in (
         *("sparsepass", "sparsepass/bench", "sparsepass/coverage", "sparsepass/methods", "sparsepass/testing"),
-        *("sparsepass/tasks", "sparsepass/tasks/tokens", "sparsepass/testbed", "sparsepass/tune"),
+        *(
+            "sparsepass/tasks",
+            "sparsepass/tasks/text",
+            "sparsepass/tasks/tokens",
+            "sparsepass/testbed",
+            "sparsepass/tune",
+        ),
         *("kernels", "patterns"),
     )
     for path in sorted((ROOT / folder).glob("*.py"))
