@@ -1,9 +1,10 @@
-# make demo    set up .venv and run the main job: a Llama reads 16K tokens of real text, dense against sparse
+# make demo    set up .venv and run the main jobs: a trained model answers under each hint, right or wrong; then a Llama
+#              reads 16K tokens of real text, dense against sparse
 # make test    set up .venv and run ruff, mypy and pytest; DEEP=1 for many more hypothesis examples
 # make clean   remove .venv and the caches of the tools
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or 3.12), VENV=path the environment,
-# WORKERS=4 the test processes, ARGS=... goes to the demo or pytest.
+# WORKERS=4 the test processes, ARGS=... goes to examples/demo.py or pytest.
 
 USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
@@ -21,6 +22,7 @@ endif
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
+	$(BIN)/python examples/answers.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint types

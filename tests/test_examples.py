@@ -17,6 +17,7 @@ from sparsepass import dynamo
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
+    "answers": ["--length", "256", "--contexts", "1", "--questions", "2", "--out", "answers.png"],
     "decorator": ["--length", "300"],
     "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
     "mixed_batch": ["--length", "1100", "--always-sparse"],
@@ -26,6 +27,7 @@ SMALL = {
     "serving_hints": ["--length", "1100", "--always-sparse"],
 }
 EXPECTED = {
+    "answers": ["Right answers by task and hint, 256 tokens", "multi_hop under multi_hop:", "Picture: answers.png"],
     "decorator": ["function, by its own task:", "class:"],
     "demo": ["Dense Inductor against sparsepass", "1100", "Dense at 200 tokens, single_qa"],
     "mixed_batch": ["1 graphs", "0 new graphs", "alone: True", "refused: 4 task hints for a batch of 3 rows"],
@@ -61,12 +63,16 @@ def test_every_example_is_listed() -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("name", sorted(SMALL))
-def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(dynamo, "inductor", run_graph)
     example = load(name)
     if name == "demo":
         monkeypatch.setattr(example, "DENSE_BACKEND", "eager")
+    monkeypatch.chdir(tmp_path)
     example.main(SMALL[name])
+    assert (tmp_path / "answers.png").exists() == (name == "answers")
     printed = " ".join(capsys.readouterr().out.split())
     for text in EXPECTED[name]:
         assert text in printed

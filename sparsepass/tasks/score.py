@@ -52,7 +52,8 @@ def score(
 
     ``model``: a causal language model of transformers, or what maps ids [B, S] to logits [B, S, V] (not to
     ``generate`` and ``shared``). It runs as it is compiled, without gradients. ``mode``: ``forced`` by default where
-    answers must match exactly, ``generate`` elsewhere. ``align``: the query block in tokens, for ``packed``. Raises ``TaskError`` for an unknown mode, or to pack a sample without filler.
+    answers must match exactly, ``generate`` elsewhere. ``align``: the query block in tokens, for ``packed``. Raises
+    ``TaskError`` for an unknown mode, or to pack a sample without filler.
     """
     measure = metric or sample.metric
     chosen = mode or ("forced" if measure is exact_match else "generate")
