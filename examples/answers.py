@@ -70,7 +70,7 @@ def measure(model: Any, task: TokenTask, hint: str, samples: Sequence[Sample]) -
 def table(cells: Sequence[Cell], length: int, questions: int) -> Table:
     found = Table(title=f"Right answers by task and hint, {length} tokens", title_justify="left")
     found.add_column("task", no_wrap=True)
-    for hint in HINTS:
+    for hint in dict.fromkeys(one.hint for one in cells):
         found.add_column(hint, justify="right", no_wrap=True)
     for task in TOKEN_TASKS:
         row = [one for one in cells if one.task is task]
@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of context, question and answer (2048)")
     parser.add_argument("--contexts", type=int, default=2, help="per task (2)")
     parser.add_argument("--questions", type=int, default=12, help="per context, where it has as many (12)")
+    parser.add_argument("--hints", nargs="+", choices=HINTS, default=HINTS, help="besides dense; default: all")
     parser.add_argument("--policy", type=Path, help="a policy file in place of the one in this script")
     parser.add_argument("--out", type=Path, default=Path("answers.png"), help="the picture (answers.png)")
     args = parser.parse_args(argv)
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     cells = []
     for task in track(TOKEN_TASKS, "Asking", console=console, transient=True):
         samples = [task.draw(args.length, seed, args.questions) for seed in range(args.contexts)]
-        cells += [measure(model, task, hint, samples) for hint in HINTS]
+        cells += [measure(model, task, hint, samples) for hint in dict.fromkeys(["dense", *args.hints])]
     console.print(table(cells, args.length, args.contexts * args.questions))
     console.print("\nFor example, in token ids:")
     for line in examples(cells):

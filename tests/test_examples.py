@@ -17,7 +17,18 @@ from sparsepass import dynamo
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
-    "answers": ["--length", "256", "--contexts", "1", "--questions", "2", "--out", "answers.png"],
+    "answers": [
+        "--length",
+        "256",
+        "--contexts",
+        "1",
+        "--questions",
+        "2",
+        "--hints",
+        "multi_hop",
+        "--out",
+        "answers.png",
+    ],
     "decorator": ["--length", "300"],
     "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
     "mixed_batch": ["--length", "1100", "--always-sparse"],
