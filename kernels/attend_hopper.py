@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.sass import disassembled, unset_descriptor
 from sparsepass.kernels.spec import capability_of
 
 LOG2E = 1.4426950408889634
@@ -197,13 +198,19 @@ _compiled: dict[Hashable, str | None] = {}
 def _compile(launch: Launch) -> str | None:
     try:
         compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
-        reason = unsound(compiled.asm["ttgir"])
+        reason = unsound(compiled.asm["ttgir"]) or misread(compiled.asm["cubin"])
     except Exception as error:  # a Triton that this was never tried with may fail in any way
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     if reason is not None:
         log.warning("The Hopper kernel is not used, plain Triton is: %s", reason)
         return f"It does not compile here: {reason}"
     return None
+
+
+def misread(cubin: bytes) -> str | None:
+    """None if no product of matrices reads from a place that was not set, as far as the machine code can be had."""
+    code = disassembled(cubin)
+    return None if code is None else unset_descriptor(code)
 
 
 def unsound(ttgir: str) -> str | None:
