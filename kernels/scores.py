@@ -41,6 +41,10 @@ class Scores:
         return any(getattr(self, spec.name) is not None for spec in fields(self))
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.slopes, self.bias, self.mask, self.sinks
+
+    @property
     def hides(self) -> bool:
         """Whether they can hide a pair."""
         return self.bias is not None or self.mask is not None
