@@ -1,4 +1,4 @@
-"""Launches the kernel that finds which blocks a mask or a bias leaves anything of, and arguments for what hides pairs."""
+"""Launches the kernel that finds which blocks a mask or a bias leaves anything of; the kernels' arguments for terms."""
 
 from __future__ import annotations
 

@@ -212,6 +212,7 @@ def _add_columns(
         q_block=lists.q_block,
         kv_block=lists.kv_block,
         scores=scores,
+        blocks=visible.blocks,
         counter=counter,
     )
 

@@ -72,7 +72,7 @@ def _partition_lists(
     """Copies one row's list with the blocks that need a mask first; writes its length and how many those are.
 
     ``blocks_ptr``: a block map int8 [B or 1, H or 1, rows, kv_blocks] or None. What it has 0 for is left out, and what
-    it has no 2 for needs a mask. Sets the ticket counter to 0, from which the attention's programs may draw their tiles.
+    it has no 2 for needs a mask. Sets the ticket counter to 0, from which the attention's programs may draw.
 
     Grid: (rows, heads, batch) of the lists. ``times`` is how many (batch, head) pairs share a row, for the counter.
     """

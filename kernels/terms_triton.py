@@ -101,7 +101,7 @@ def _block_map(
                 if q_segments_ptr is not None:
                     at = q_segments_ptr + item64 * q_segments_stride_b + token.to(tl.int64) * q_segments_stride_s
                     q_segment = tl.load(at, mask=inside, other=-1)
-            visible, there = visible_pairs(
+            visible, _ = visible_pairs(
                 start, token + offset, q_segment, kv_segments, kv_segments_stride_s, kv_len, left, right,
                 KV_BLOCK, kv_segments_ptr is not None,
             )  # fmt: skip
