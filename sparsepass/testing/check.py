@@ -67,8 +67,8 @@ def check_attention(
     what it can do (``calling.ACCEPTED``): without ``kv_segments`` no padding is tried, without ``left`` no window,
     without ``offset`` as many queries as keys; with one of ``TERMS`` scores are changed too. The limits
     narrow it further: ``bands`` of ``strategies.BANDS``; ``layouts``, ``segments``, ``lists`` and ``shared_lists`` of
-    the constants of those names; ``offsets=False`` for queries that start at key 0. ``nonfinite`` demands that infinite and NaN tokens reach only the rows that see them,
-    which many kernels in use do not keep.
+    the constants of those names; ``offsets=False`` for queries that start at key 0. ``nonfinite`` demands that infinite
+    and NaN tokens reach only the rows that see them, which many kernels in use do not keep.
 
     Checked for each case: error at most twice that of dense attention in the same dtype (plus one rounding), 0 where
     nothing is visible, the log-sum-exp where there is one, outputs written whole, inputs left alone, nothing kept from
