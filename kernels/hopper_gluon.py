@@ -286,8 +286,8 @@ def _compute_rows(
             acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
             packed = _pack(weights, DTYPE, PACKED)
         if PACKED:
-            # The place of the queries, read anew: if both loops share one, ptxas 12.8 computes their descriptors before the
-            # first loop alone, and the second reads what is not set where the first is skipped (``kernels/sass.py``).
+            # The place of the queries, read anew: if both loops share one, ptxas 12.8 computes its descriptors before
+            # the first loop alone, and the second reads what is not set where the first is skipped (``sass.py``).
             q = q_smem.index(_read(notes.index(8 * q_slot + 7)) + HALF).reshape([64, DIM])
         for _ in range(gl.maximum(edges, 1), steps):
             mbarrier.wait(full.index(slot), phase)
