@@ -93,7 +93,7 @@ def mutated_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             if node in found or not _holds_tensor(node):
                 continue
             found[node] = writer
-            if not _is_fresh(node):
-                pending += node.all_input_nodes
+            if not _is_fresh(node):  # what ``x *= y`` yields is x
+                pending += list(_written(node)) or node.all_input_nodes
             pending += [user for user in node.users if not _is_fresh(user)]
     return found

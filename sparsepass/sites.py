@@ -10,8 +10,9 @@ from torch import fx
 
 from sparsepass.canon import CanonicalGraph, value
 from sparsepass.hints import NODE_KEY
-from sparsepass.mask import MaskTerms, recognize_mask
-from sparsepass.match import Attention, NearMiss, Pattern, shape
+from sparsepass.made import Maker
+from sparsepass.mask import MaskTerms, recognize_masks
+from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
 from sparsepass.patterns.catalogue import CATALOGUE
 from sparsepass.types import CAUSAL, FULL, AttentionSite, MaskSummary, Phase, Skip
 
@@ -50,21 +51,23 @@ class Findings:
 
 def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] = CATALOGUE) -> Findings:
     """Match every anchor of ``graph`` against the catalogue. Linear in the graph; nothing is mutated or guarded."""
-    view = CanonicalGraph(graph)
+    view, maker = CanonicalGraph(graph), Maker()
     masks: dict[tuple[object, ...], MaskTerms | Skip] = {}
-    sites: list[FoundSite] = []
+    matched: list[Attention] = []
     refused: list[Skip] = []
     for node in graph.nodes:
         candidates = [pattern for pattern in catalogue if pattern.anchor == view.ops[node].name]
         if not candidates:
             continue
-        outcome = _first_match(candidates, view, node)
+        outcome = _first_match(candidates, view, node, maker)
         if isinstance(outcome, Attention) and (write := view.write_inside(outcome.region)) is not None:
             outcome = Skip(f"{write.name!r} writes to memory in the middle of this attention", (write.name,))
         if isinstance(outcome, Attention):
-            sites.append(_describe(len(sites), outcome, masks))
-        elif _looks_like_attention(view, node):
+            matched.append(outcome)
+        elif isinstance(outcome, Skip) or _looks_like_attention(view, node):
             refused.append(Skip(str(outcome.reason), (node.name, *outcome.nodes)))
+    matched.sort(key=lambda attention: view.order[attention.output])  # what is made for one serves those after it
+    sites = [_describe(index, attention, masks) for index, attention in enumerate(matched)]
     return Findings(tuple(sites), tuple(refused), view)
 
 
@@ -79,10 +82,12 @@ def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
     return tuple(skips)
 
 
-def _first_match(candidates: list[Pattern], view: CanonicalGraph, node: fx.Node) -> Attention | Skip | NearMiss:
+def _first_match(
+    candidates: list[Pattern], view: CanonicalGraph, node: fx.Node, maker: Maker
+) -> Attention | Skip | NearMiss:
     nearest: Skip | NearMiss | None = None
     for pattern in candidates:
-        outcome = pattern.find(view, node)
+        outcome = pattern.find(view, node, maker)
         if isinstance(outcome, Attention):
             return outcome
         further = isinstance(outcome, NearMiss) and isinstance(nearest, NearMiss) and outcome.matched > nearest.matched
@@ -115,7 +120,7 @@ def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
 def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip]) -> FoundSite:
     query, key, values = shape(attention.query), shape(attention.key), shape(attention.value)
     q_len, kv_len = query[2], key[2]
-    terms = _mask_terms(attention, q_len, kv_len, masks)
+    terms = _mask_terms(attention, masks)
     held = value(attention.output)
     summary: MaskSummary | None = None
     if isinstance(terms, MaskTerms):
@@ -142,22 +147,33 @@ def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], 
     return FoundSite(site, attention, terms, _layer(module, index), custom.get(NODE_KEY))
 
 
-def _mask_terms(
-    attention: Attention,
-    q_len: int | torch.SymInt,
-    kv_len: int | torch.SymInt,
-    masks: dict[tuple[object, ...], MaskTerms | Skip],
-) -> MaskTerms | Skip:
-    if attention.mask is None:
-        return MaskTerms(CAUSAL if attention.is_causal else FULL)
-    if attention.is_causal:
-        return Skip("this attention has both a mask and is_causal=True", (attention.output.name,))
-    if not isinstance(attention.mask, fx.Node):
-        return Skip("the mask of this attention is a constant", (attention.output.name,))
-    key = (attention.mask, str(q_len), str(kv_len))  # one mask serves every layer: recognized once
+def _mask_terms(attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip]) -> MaskTerms | Skip:
+    """What the masks of a site are. Layers share masks: each combination is recognized once."""
+    sizes = (*shape(attention.query)[:3], shape(attention.key)[2])
+    whole = tuple(map(str, sizes))
+    key = (*((term.operand, term.sign) for term in attention.masks), attention.is_causal, whole)
     if key not in masks:
-        masks[key] = recognize_mask(attention.mask, q_len=q_len, kv_len=kv_len)
-    return masks[key]
+        masks[key] = recognize_masks(
+            attention.masks, q_len=sizes[2], kv_len=sizes[3], is_causal=attention.is_causal, split=True
+        )
+    terms = masks[key]
+    if isinstance(terms, MaskTerms):
+        for term in terms.whole:
+            if (reason := _misfit(term, sizes)) is not None:
+                return Skip(reason, (term.operand.name,))
+    return terms
+
+
+def _misfit(term: Term, sizes: tuple[int | torch.SymInt, ...]) -> str | None:
+    """Why a tensor that is read as a whole cannot be: it has to be of full size or 1 in every dimension."""
+    held = value(term.operand)
+    name = term.operand.name
+    if not isinstance(held, torch.Tensor) or held.dim() > 4:
+        return f"the mask {name!r} is not a tensor of at most four dimensions"
+    pairs = zip(reversed(held.shape), reversed(sizes), strict=False)
+    if all(same_size(have, 1) or same_size(have, want) for have, want in pairs):
+        return None
+    return f"the mask {name!r} is {list(held.shape)}; for scores of {list(sizes)} it is not known to be of that size or 1"
 
 
 def _size(size: int | torch.SymInt) -> int | str:

@@ -27,7 +27,7 @@ def rebuild(terms: MaskTerms, values: dict[fx.Node, torch.Tensor], q_len: int, k
         visible = visible & values[node].reshape(-1, values[node].shape[-1])[:, None, None, :kv_len]
     if terms.segments is not None:
         ids = values[terms.segments]
-        assert ids.dim() == 2
+        ids = ids.reshape(-1, ids.shape[-1])
         visible = visible & (ids[:, None, :, None] == ids[:, None, None, :])
     return visible
 
