@@ -24,6 +24,7 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.lists_triton import partition_launches
 from sparsepass.kernels.prepared import run_prepared
+from sparsepass.kernels.scores import Scores, refuse_terms
 from sparsepass.kernels.spec import AttendTile, refuse_unsupported
 from sparsepass.kernels.tuned import tile_for
 from sparsepass.kernels.visible_triton import add_nonfinite_values
@@ -49,6 +50,8 @@ def block_sparse_attention_cuda(
     kv_segments: Tensor | None = None,
     q_block: int,
     kv_block: int,
+    scores: Scores | None = None,
+    blocks: Tensor | None = None,
     return_lse: bool = False,
     counter: Tensor | None = None,
     implementation: str = "auto",
@@ -73,6 +76,7 @@ def block_sparse_attention_cuda(
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernel does not take.
     """
+    refuse_terms(scores, blocks)
     options: dict[str, Any] = {
         "scale": scale,
         "left": left,

@@ -21,6 +21,7 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.pool_triton import allowed_launches
 from sparsepass.kernels.prepared import run_prepared
+from sparsepass.kernels.scores import refuse_terms
 
 CHANGING = (*VARYING, "size", "forced", "least_count", "diagonals", "first_diagonal", "shifts", "first_shift", "near")
 
@@ -389,6 +390,7 @@ def diagonal_lists_cuda(
     kv_segments: Tensor | None,
     block: int,
     width: int,
+    blocks: Tensor | None = None,
     counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists from kept diagonals of blocks: kv_num_blocks int32 [B, H, nq], kv_indices int32 [B, H, nq, width].
@@ -396,6 +398,7 @@ def diagonal_lists_cuda(
     ``flags`` int8 [B, H, shifts], the first standing for key block minus query block ``first_shift``; ``extra`` int8
     [B, H, nq, nkv] or None: blocks besides. ``counter``: int64 [3]; [2] += visible blocks.
     """
+    refuse_terms(None, blocks)
     numbers = ("diagonal_lists", first_shift, q_len, kv_len, left, right, offset, block, width)
     inputs = (flags, extra, q_segments, kv_segments, counter)
 

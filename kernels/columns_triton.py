@@ -23,6 +23,7 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
 from sparsepass.kernels.prepared import run_prepared
+from sparsepass.kernels.scores import Scores, refuse_terms
 from sparsepass.kernels.spec import capability_of, column_tile, refuse_unsupported
 from sparsepass.kernels.visible_triton import program_place
 
@@ -502,6 +503,7 @@ def attend_columns_cuda(
     kv_segments: Tensor | None = None,
     q_block: int,
     kv_block: int,
+    scores: Scores | None = None,
     counter: Tensor | None = None,
 ) -> None:
     """Continue a block-sparse attention over single keys: ``out`` and ``lse`` are changed in place.
@@ -519,6 +521,7 @@ def attend_columns_cuda(
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernels do not take.
     """
+    refuse_terms(scores, None)
     options: dict[str, Any] = {
         "scale": scale,
         "left": left,

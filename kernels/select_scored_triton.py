@@ -21,6 +21,7 @@ from sparsepass.kernels.pool_triton import allowed_launches, average_launch
 from sparsepass.kernels.prepared import run_prepared
 from sparsepass.kernels.rules import Rule, check_rule, dial_tensor
 from sparsepass.kernels.rules_triton import rule_launch
+from sparsepass.kernels.scores import refuse_terms
 from sparsepass.kernels.select_antidiagonal_triton import antidiagonal_launches
 from sparsepass.kernels.select_mass_triton import mass_launch
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
@@ -71,6 +72,7 @@ def select_scored_cuda(
     kv_block: int,
     rule: Rule,
     dial: Tensor | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists by ``rule``: (kv_num_blocks int32 [B, H, nq], kv_indices int32 [B, H, nq, width]).
@@ -80,6 +82,7 @@ def select_scored_cuda(
     int64 [3]: [2] += blocks with a visible pair. Lists by position alone have B or H of 1 where rows agree. Unused
     entries are 0. Nothing synchronizes with the host. Raises ``KernelInputError``.
     """
+    refuse_terms(None, blocks)
     numbers = ("scored", scale, left, right, offset, q_block, kv_block, rule)
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:

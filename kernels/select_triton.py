@@ -19,6 +19,7 @@ from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width, tile
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.pool_triton import UNROLL, allowed_launches, average_launch
 from sparsepass.kernels.prepared import run_prepared
+from sparsepass.kernels.scores import refuse_terms
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
 
 
@@ -188,6 +189,7 @@ def select_blocks_cuda(
     density: float | Tensor,
     max_density: float | None = None,
     self_similarity: float | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists by pooled top-k, one per (batch, query head, query block).
@@ -212,6 +214,7 @@ def select_blocks_cuda(
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernels do not take.
     """
+    refuse_terms(None, blocks)
     per_head = density if isinstance(density, Tensor) else None
     options: dict[str, Any] = {
         "scale": scale,
