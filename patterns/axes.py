@@ -74,7 +74,7 @@ class Axes:
             made.append(self._take(left, size))
         if any(not same_size(self.sizes[atom], 1) for atom in left):
             raise NotRegrouped(f"a view to {list(shape)} that regroups dimensions")
-        return self.of(reversed(made))
+        return self.of(made[::-1])
 
     def _take(self, left: list[Atom], size: Size) -> tuple[Atom, ...]:
         """Atoms from the end of ``left`` that make up a dimension of ``size``."""
@@ -108,7 +108,9 @@ class Axes:
         self.parts[atom] = pair
         return pair
 
-    def steps(self, before: Sequence[tuple[Atom, ...]], after: Sequence[tuple[Atom, ...]], *, fill: bool = True) -> Steps:
+    def steps(
+        self, before: Sequence[tuple[Atom, ...]], after: Sequence[tuple[Atom, ...]], *, fill: bool = True
+    ) -> Steps:
         """Calls from a tensor with dims ``before`` to one with dims ``after``.
 
         A dimension of ``after`` of which ``before`` has no atom becomes 1, or with ``fill`` its full size.
@@ -118,9 +120,11 @@ class Axes:
         for place in reversed(range(len(before))):
             if len(before[place]) > 1:
                 steps.append(("unflatten", place, self._lengths(before[place])))
-        single = [(atom,) for dim in before for atom in dim] if all(before) else [
-            (atom,) if atom is not None else () for dim in before for atom in (dim or (None,))
-        ]
+        single = (
+            [(atom,) for dim in before for atom in dim]
+            if all(before)
+            else [(atom,) if atom is not None else () for dim in before for atom in (dim or (None,))]
+        )
         for place in reversed(range(len(single))):
             if not single[place]:
                 steps.append(("squeeze", place))

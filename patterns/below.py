@@ -29,9 +29,7 @@ class Below:
     sink: tuple[Operand, Dims] | None = None
 
 
-def read_below(
-    view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, key: Atom, has_sink: bool
-) -> Below:
+def read_below(view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, key: Atom, has_sink: bool) -> Below:
     """Follow the probabilities, with dims ``dims``, to their product with the values. Raises ``Unclear``."""
     node, inside = softmax, {softmax}
     pending_sink = has_sink
@@ -142,8 +140,8 @@ def _summed(
             raise Unclear(f"{user.name!r} broadcasts the probabilities", user)
     if axes.of([(product.summed,)])[0] != (key,):
         raise Unclear(
-            f"the values are not summed over the keys in {user.name!r}: the softmax is over another dimension than the "
-            "product of probabilities and values",
+            f"the softmax is over one dimension of the scores (the keys), and {user.name!r} sums the values over another: "
+            "this is no attention",
             user,
         )
     scores = {atom for dim in axes.of(dims) for atom in dim}

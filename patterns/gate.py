@@ -40,7 +40,9 @@ def with_gate(view: CanonicalGraph, softmax: fx.Node, below: Below, axes: Axes, 
         return below
     sink = view.ops[away].operands[1]
     rows = (*dims[:-1], ()) if kept else dims[:-1]
-    return replace(below, output=gated, inside=below.inside | inside | {gated}, sink=(sink, axes.seen(shape(sink), rows)))
+    return replace(
+        below, output=gated, inside=below.inside | inside | {gated}, sink=(sink, axes.seen(shape(sink), rows))
+    )
 
 
 def _only(view: CanonicalGraph, node: fx.Node, *names: str) -> fx.Node | None:

@@ -106,9 +106,7 @@ def _einsum(axes: Axes, node: fx.Node, left: fx.Node, right: fx.Node, equation: 
         pairs = zip(text, shape(one), strict=True)
         return tuple((atoms[letter],) if same_size(size, axes.sizes[atoms[letter]]) else () for letter, size in pairs)
 
-    return Product(
-        node, left, right, dims(first, left), dims(second, right), dims(result, node), atoms[summed[0]]
-    )
+    return Product(node, left, right, dims(first, left), dims(second, right), dims(result, node), atoms[summed[0]])
 
 
 def _spelled(text: str, rank: int) -> str:

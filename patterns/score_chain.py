@@ -162,10 +162,9 @@ def _add(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
 def _row_maximum(view: CanonicalGraph, node: fx.Node, scores: Operand) -> tuple[fx.Node, ...] | None:
     """The nodes of ``scores.max(-1, keepdim=True).values`` or ``amax``, if ``node`` is that."""
     inside = [node]
-    if view.ops[node].name == "getitem" and node.args[1] == 0:
-        node = view.resolve(node.args[0])
-        inside.append(node)
-    elif node.target is getattr and node.args[1] == "values":
+    if (view.ops[node].name == "getitem" and node.args[1] == 0) or (
+        node.target is getattr and node.args[1] == "values"
+    ):
         node = view.resolve(node.args[0])
         inside.append(node)
     if node_name(node) not in _LAST or not node.all_input_nodes:
@@ -254,9 +253,7 @@ def leads_to_product(view: CanonicalGraph, node: fx.Node) -> bool:
         else:
             continue
         found = [view.resolve(one) for one in operands]
-        pending += [
-            one for one in found if isinstance(one, fx.Node) and (name in _VIEWS or _same_shape(node, one))
-        ]
+        pending += [one for one in found if isinstance(one, fx.Node) and (name in _VIEWS or _same_shape(node, one))]
     return False
 
 

@@ -191,7 +191,9 @@ class _Assembly:
         groups = (tuple(batch), tuple(heads), (row,))
         made_query = self._arranged(query, query_dims, (*groups, (summed,)))
         made_key = self._arranged(key, key_dims, (groups[0], own, (key_atom,), (summed,)))
-        made_value = self._arranged(*self._straight(below.value, below.value_dims), (groups[0], own, (key_atom,), (below.size,)))
+        made_value = self._arranged(
+            *self._straight(below.value, below.value_dims), (groups[0], own, (key_atom,), (below.size,))
+        )
         made_query = self._with_factors(made_query, groups)
         whole = (*groups, (key_atom,))
         terms = tuple(Term(self._term(term, seen, whole), sign) for term, seen, sign in self.reading.terms)

@@ -77,10 +77,10 @@ IDENTITY = "identity"
 _MATMUL = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")
 _ADD = (torch.add, operator.add, "add", "__add__", "__radd__", operator.iadd, "add_", "__iadd__")
 _SUB = (torch.sub, torch.subtract, operator.sub, "sub", "subtract", "__sub__", operator.isub, "sub_", "__isub__")
-_MUL = (torch.mul, torch.multiply, operator.mul, "mul", "multiply", "__mul__", "__rmul__")
-_MUL += (operator.imul, "mul_", "__imul__")
-_DIV = (torch.div, torch.true_divide, operator.truediv, "div", "true_divide", "__truediv__")
-_DIV += (operator.itruediv, "div_", "__itruediv__", "divide", torch.divide)
+_MUL = (torch.mul, torch.multiply, operator.mul, operator.imul)
+_MUL_NAMES = ("mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__")
+_DIV = (torch.div, torch.divide, torch.true_divide, operator.truediv, operator.itruediv)
+_DIV_NAMES = ("div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__")
 _MASKED_FILL = (torch.masked_fill, "masked_fill", "masked_fill_")
 _WHERE = (torch.where, "where")
 _SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, "softmax")
@@ -89,8 +89,8 @@ _PERMUTE = (torch.permute, "permute")
 _UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
 _GETITEM = (operator.getitem, "__getitem__")
 _EXPAND = ("expand",)
-_RESHAPE = (torch.reshape, "reshape", "view", torch.flatten, "flatten", torch.unflatten, "unflatten", "view_as")
-_RESHAPE += ("reshape_as",)
+_RESHAPE = (torch.reshape, torch.flatten, torch.unflatten)
+_RESHAPE_NAMES = ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as")
 _DROPOUT = (F.dropout, torch.dropout, "dropout")
 _CAST = ("to", "float", "half", "bfloat16", "double", "type", "type_as")
 _SAME = ("contiguous", "clone", "detach", torch.clone, torch.detach)
@@ -103,8 +103,8 @@ for _name, _targets in {
     "einsum": (torch.einsum, torch.functional.einsum),
     "add": _ADD,
     "sub": _SUB,
-    "mul": _MUL,
-    "div": _DIV,
+    "mul": (*_MUL, *_MUL_NAMES),
+    "div": (*_DIV, *_DIV_NAMES),
     "tanh": (torch.tanh, F.tanh, "tanh", "tanh_"),
     "where": _WHERE,
     "masked_fill": _MASKED_FILL,
@@ -116,7 +116,7 @@ for _name, _targets in {
     "squeeze": (torch.squeeze, "squeeze"),
     "getitem": _GETITEM,
     "expand": _EXPAND,
-    "reshape": _RESHAPE,
+    "reshape": (*_RESHAPE, *_RESHAPE_NAMES),
     "dropout": _DROPOUT,
     "cast": _CAST,
     "same": _SAME,
@@ -312,13 +312,27 @@ def canonical_op(node: fx.Node) -> Op:
     return builder(node) if builder else Op(name, tuple(node.all_input_nodes))
 
 
-_FRESH = frozenset("matmul baddbmm einsum add sub mul div tanh where masked_fill cat softmax".split())
+_FRESH = frozenset(
+    ["matmul", "baddbmm", "einsum", "add", "sub", "mul", "div", "tanh", "where", "masked_fill", "cat", "softmax"]
+)
 """Operations whose result is new memory: written to in place, they are the only ones that see it."""
-_VIEWS = frozenset("transpose permute unsqueeze squeeze getitem expand reshape".split())
-_SHAPE_READERS = frozenset("expand_as view_as reshape_as type_as to".split())
+_VIEWS = frozenset(["transpose", "permute", "unsqueeze", "squeeze", "getitem", "expand", "reshape"])
+_SHAPE_READERS = frozenset(["expand_as", "view_as", "reshape_as", "type_as", "to"])
 """Methods that take only the shape or type of their second operand."""
 _SHAPES = frozenset(
-    "size dim numel new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()
+    [
+        "size",
+        "dim",
+        "numel",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+    ]
 )
 
 
@@ -373,7 +387,7 @@ class CanonicalGraph:
         return self._latest.get(self._memory_of(operand), operand)
 
     def _memory_of(self, node: Any) -> fx.Node:
-        root = self._source.get(node, node)
+        root: fx.Node = self._source.get(node, node)
         return self._memory.get(root, root)
 
     def _write(self, node: fx.Node, op: Op) -> Op:

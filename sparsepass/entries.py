@@ -58,9 +58,9 @@ def refusal(found: FoundSite) -> Skip | None:
     tensors = [held for held in values if isinstance(held, torch.Tensor)]
     if len(tensors) != len(values):
         return Skip("the graph carries no shapes for query, key or value")
-    tensors += [
-        held for term in attention.masks if isinstance(held := value(term.operand), torch.Tensor)
-    ] + [held for held in [value(attention.sinks)] if isinstance(held, torch.Tensor)]
+    tensors += [held for term in attention.masks if isinstance(held := value(term.operand), torch.Tensor)] + [
+        held for held in [value(attention.sinks)] if isinstance(held, torch.Tensor)
+    ]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Skip("gradients are needed here; run under torch.no_grad() or torch.inference_mode()")
     if isinstance(found.terms, Skip):

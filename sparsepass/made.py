@@ -55,7 +55,7 @@ def _hashable(part: Any) -> Any:
 def unguarded(sources: Any) -> Iterator[None]:
     """Symbolic sizes are compared by the current ones, and no guard is kept: only shapes come of it."""
     tensors = [value(node) for node in nodes_of(sources)]
-    sizes = [size for held in tensors if isinstance(held, torch.Tensor) for size in held.shape]
+    sizes: list[int | torch.SymInt] = [s for held in tensors if isinstance(held, torch.Tensor) for s in held.shape]
     env = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
     with dynamo.suppressed_guards(env):
         yield

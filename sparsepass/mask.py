@@ -137,7 +137,9 @@ def _read(term: Term, q_len: Size, kv_len: Size) -> _Reading:
         return _Reading(refused=refused.skip)
     except RecursionError:
         return _Reading(
-            refused=Skip(f"The attention mask '{mask.name}' is computed by too deep a chain of operations.", (mask.name,))
+            refused=Skip(
+                f"The attention mask '{mask.name}' is computed by too deep a chain of operations.", (mask.name,)
+            )
         )
 
 

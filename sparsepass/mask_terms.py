@@ -130,9 +130,10 @@ class TermReader:
         if len(opaques) != 2 or any(opaque.what != "floordiv" for opaque in opaques):
             return None
         query, key = sorted(opaques, key=lambda opaque: self.k in opaque.depends)
-        if sympy.expand(atom.expr - key.symbol + query.symbol) != 0 and sympy.expand(
-            atom.expr + key.symbol - query.symbol
-        ) != 0:
+        if (
+            sympy.expand(atom.expr - key.symbol + query.symbol) != 0
+            and sympy.expand(atom.expr + key.symbol - query.symbol) != 0
+        ):
             return None
         start = sympy.expand(key.index[0] - self.k)
         mirrored = tuple(sympy.expand(part.subs(self.k, self.q)) for part in key.index)

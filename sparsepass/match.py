@@ -20,7 +20,6 @@ from sparsepass.canon import CanonicalGraph, Op, Operand, canonical_op, is_scala
 from sparsepass.made import Maker
 from sparsepass.types import Skip
 
-
 HIDES = -1e4
 """A number added to a score, or put in its place, that hides the key: its weight is 0 in every type, unless all visible
 scores of the row are as low."""
@@ -135,9 +134,7 @@ class Pattern:
     forms: tuple[Form, ...] = ()
     """Empty for patterns that are a single node; ``check`` then gets a match with the anchor alone."""
 
-    def find(
-        self, view: CanonicalGraph, anchor: fx.Node, maker: Maker | None = None
-    ) -> Attention | Skip | NearMiss:
+    def find(self, view: CanonicalGraph, anchor: fx.Node, maker: Maker | None = None) -> Attention | Skip | NearMiss:
         """Match at ``anchor``: the attention found, why a complete match is refused, or the nearest miss."""
         maker = maker or Maker()
         if not self.forms:

@@ -14,7 +14,7 @@ from sparsepass.made import Maker
 from sparsepass.mask import MaskTerms, recognize_masks
 from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
 from sparsepass.patterns.catalogue import CATALOGUE
-from sparsepass.types import CAUSAL, FULL, AttentionSite, MaskSummary, Phase, Skip
+from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,9 @@ def _misfit(term: Term, sizes: tuple[int | torch.SymInt, ...]) -> str | None:
     pairs = zip(reversed(held.shape), reversed(sizes), strict=False)
     if all(same_size(have, 1) or same_size(have, want) for have, want in pairs):
         return None
-    return f"the mask {name!r} is {list(held.shape)}; for scores of {list(sizes)} it is not known to be of that size or 1"
+    return (
+        f"the mask {name!r} is {list(held.shape)}; for scores of {list(sizes)} it is not known to be of that size or 1"
+    )
 
 
 def _size(size: int | torch.SymInt) -> int | str:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparsepass.mask import MaskTerms, recognize_mask
+from sparsepass.match import HIDES
 from sparsepass.types import UNBOUNDED, Align, Skip
 
 
@@ -33,11 +34,11 @@ def rebuild(terms: MaskTerms, values: dict[fx.Node, torch.Tensor], q_len: int, k
 
 
 def visible_keys(mask: torch.Tensor) -> torch.Tensor:
-    """Where a boolean or additive mask lets a key through; an additive one must be 0 or as low as its dtype goes."""
+    """Where a boolean or additive mask lets a key through; an additive one must be 0 or so low that it hides."""
     if mask.dtype is torch.bool:
         return mask
     shown = mask == 0
-    assert bool((shown | (mask <= torch.finfo(mask.dtype).min)).all())
+    assert bool((shown | (mask <= HIDES)).all())
     return shown
 
 

@@ -17,6 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "types errors",
         # Facts about the outside world, and plain tools.
         "kernels counters dynamo environment jsonable drawgraph canon mask_ir rowinputs",
+        "made",
         "hints methods crossover_table match drawlayout mask_values mask_mutation models",
         "patterns ops crossover policy_rules draw mask_read mix",
         "policy functional mask_views mask_segments report",

@@ -56,7 +56,7 @@ def through_a_view(pad: torch.Tensor) -> torch.Tensor:
 
 
 REFUSED: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
-    (lambda pad: float_causal(pad, -10000.0), "-10000"),
+    (lambda pad: float_causal(pad, -1000.0), "-1000"),
     (lambda pad: float_causal(pad, float("nan")), "nan"),
     (lambda pad: torch.zeros(1, 1, LENGTH, LENGTH) + pad.float()[:, None, None, :], "bias with values of its own"),
     (lambda pad: (1.0 - pad.float()[:, None, None, :]) * torch.finfo(torch.float32).min, "bias with values of its own"),
@@ -67,7 +67,7 @@ REFUSED: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
     (lambda pad: causal(pad) | pad.bool()[:, None, None, :], "union"),
     (lambda pad: grid(pad)[1] <= grid(pad)[0] + pad[0, 0], "offset between queries and keys is data"),
     (lambda pad: pad[:, None, :, None] <= pad[:, None, None, :], "position ids that are data"),
-    (in_place_and, "not understood"),
+    (in_place_and, "in place"),
     (through_a_view, "in place"),
     (changed_before_reading, "in place"),
 ]
