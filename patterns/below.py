@@ -140,8 +140,8 @@ def _summed(
             raise Unclear(f"{user.name!r} broadcasts the probabilities", user)
     if axes.of([(product.summed,)])[0] != (key,):
         raise Unclear(
-            f"the softmax is over one dimension of the scores (the keys), and {user.name!r} sums the values over another: "
-            "this is no attention",
+            f"the softmax is over one dimension of the scores (the keys), and {user.name!r} sums the values over "
+            "another, so this is no attention",
             user,
         )
     scores = {atom for dim in axes.of(dims) for atom in dim}

@@ -320,19 +320,7 @@ _VIEWS = frozenset(["transpose", "permute", "unsqueeze", "squeeze", "getitem", "
 _SHAPE_READERS = frozenset(["expand_as", "view_as", "reshape_as", "type_as", "to"])
 """Methods that take only the shape or type of their second operand."""
 _SHAPES = frozenset(
-    [
-        "size",
-        "dim",
-        "numel",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-    ]
+    "size dim numel new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()  # noqa: SIM905
 )
 
 
