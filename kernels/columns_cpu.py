@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.scores import Scores, change_pairs
+from sparsepass.kernels.scores import Scores, change_pairs, check_scores
 
 _SCORES = 1 << 20
 """Scores held at once: 4 MiB in fp32."""
@@ -39,6 +39,7 @@ def attend_columns_cpu(
     q_block: int,
     kv_block: int,
     scores: Scores | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> None:
     """As ``columns_triton.attend_columns_cuda``: ``out`` [B, H, Sq, Dv] and ``lse`` [B, H, Sq] change in place.
@@ -46,6 +47,7 @@ def attend_columns_cpu(
     q [B, H, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], fp16, bf16, fp32 or fp64, any strides;
     ``column_num`` int32 [B or 1, H or 1, nq or 1] and ``column_indices`` [..., width] ascending.
     """
+    scores = check_scores(scores, q, k)
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     rows = -(-q_len // q_block)

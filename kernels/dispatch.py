@@ -212,6 +212,7 @@ def _add_columns(
         q_block=lists.q_block,
         kv_block=lists.kv_block,
         scores=scores,
+        blocks=visible.blocks,
         counter=counter,
     )
 
@@ -227,11 +228,16 @@ def visible_blocks(
     found = check_scores(scores, query, key)
     if found is None or not found.hides:
         raise KernelInputError("visible_blocks is for scores with a mask or a bias; without them the band decides.")
+    make: Callable[..., torch.Tensor]
     if query.device.type == "cuda":
-        raise KernelInputError("The Triton kernels take no mask tensor and no bias yet.")
-    from sparsepass.kernels.block_map_cpu import block_map_cpu
+        from sparsepass.kernels.block_map_triton import block_map_cuda
 
-    return block_map_cpu(
+        make = block_map_cuda
+    else:
+        from sparsepass.kernels.block_map_cpu import block_map_cpu
+
+        make = block_map_cpu
+    return make(
         found,
         **visible.arguments(),
         batch=query.shape[0],

@@ -41,6 +41,10 @@ class Scores:
         return any(getattr(self, spec.name) is not None for spec in fields(self))
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.slopes, self.bias, self.mask, self.sinks
+
+    @property
     def hides(self) -> bool:
         """Whether they can hide a pair."""
         return self.bias is not None or self.mask is not None
@@ -91,12 +95,6 @@ def check_scores(scores: Scores | None, query: Tensor, key: Tensor) -> Scores | 
     return Scores(softcap, slopes, scores.bias, scores.mask, sinks)
 
 
-def refuse_terms(scores: Scores | None, blocks: Tensor | None) -> None:
-    """Raises ``KernelInputError`` where scores would be changed."""
-    if (scores is not None and scores.given) or blocks is not None:
-        raise KernelInputError("The Triton kernels take no soft cap, slopes, bias, mask tensor or sinks yet.")
-
-
 def check_blocks(blocks: Tensor | None, query: Tensor, key: Tensor, q_block: int, kv_block: int) -> Tensor | None:
     """A block map int8 [B or 1, H or 1, nq, nkv] from one of a bool or an 8-bit type. Raises ``KernelInputError``."""
     if blocks is None:
@@ -132,7 +130,7 @@ def without_hidden(kv_num_blocks: Tensor, kv_indices: Tensor, blocks: Tensor) ->
     return num, torch.where(kept.gather(-1, order), entries.gather(-1, order), 0)
 
 
-def budgets_in_map(allowed: Tensor, shares: Tensor) -> Tensor:
+def budgets_in_map(allowed: Tensor, shares: Tensor | float) -> Tensor:
     """Least number of blocks per row by which a head keeps its share of the blocks in a map: int32 [B or 1, H or 1].
 
     ``allowed`` [B or 1, H or 1, nq, nkv], nonzero where a block may be kept; ``shares`` broadcasts to its first two
@@ -144,7 +142,10 @@ def budgets_in_map(allowed: Tensor, shares: Tensor) -> Tensor:
     rows_with.scatter_add_(-1, counts, torch.ones_like(counts))
     at_least = rows_with.flip(-1).cumsum(-1).flip(-1)  # going from k - 1 to k keeps one more in rows with at least k
     kept = torch.nn.functional.pad(at_least[..., 1:].cumsum(-1), (1, 0))
-    wanted = torch.where(shares < 1.0, shares, 1.0).double()[..., None] * kept[..., -1:]
+    if isinstance(shares, Tensor):
+        wanted = torch.where(shares < 1.0, shares, 1.0).double()[..., None] * kept[..., -1:]
+    else:
+        wanted = min(float(shares), 1.0) * kept[..., -1:].double()
     return (kept < wanted).sum(-1, dtype=torch.int32)
 
 

@@ -142,7 +142,7 @@ def triton_steps() -> Steps:
 
     def allowed(problem: Problem, visible: Visible) -> Tensor:
         shape = (problem.q_len, problem.kv_len, visible.left, visible.right, visible.offset)
-        return best_triton.allowed_cuda(visible.q_segments, visible.kv_segments, shape, problem.block)[:, None]
+        return best_triton.allowed_cuda(visible.q_segments, visible.kv_segments, shape, problem.block)
 
     return Steps(
         estimate_cuda,

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels import cpu_native
+from sparsepass.kernels.columns_cpu import attend_columns_cpu
 from sparsepass.kernels.cpu import block_sparse_attention_cpu, select_blocks_cpu, select_scored_cpu
 from sparsepass.kernels.dispatch import Scores, block_sparse_attention, visible_blocks
-from sparsepass.kernels.reference import select_blocks_reference, shown_by_scores, visible_pairs
-from sparsepass.kernels.rules import Rule
 from sparsepass.testing import (
     TERMS,
     Case,
@@ -27,6 +26,8 @@ from sparsepass.testing import (
     cases,
     poisoned_empty,
 )
+from tests.kernels.column_cases import ColumnCase, column_cases
+from tests.kernels.term_cases import check_columns, check_count, check_map, check_selection
 from tests.kernels.test_cpu_attend import causal_case
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,65 +94,29 @@ def test_value_head_sizes(implementation: str, dtype: torch.dtype, head_dim: int
     assert out.shape[-1] == v_head_dim
 
 
-def block_truth(case: Case, inputs: Inputs) -> Tensor:
-    """Bool [B, H, nq, nkv]: blocks with a pair that band, segments, mask and bias all show."""
-    seen = visible_pairs(
-        case.q_len, case.kv_len, batch=case.batch,
-        **{name: inputs.mask[name] for name in ("left", "right", "offset", "q_segments", "kv_segments")},
-    )  # fmt: skip
-    pairs = seen[:, None] & shown_by_scores(inputs.scores)
-    padded = torch.nn.functional.pad(pairs, (0, -case.kv_len % case.kv_block, 0, -case.q_len % case.q_block))
-    tiles = padded.unflatten(3, (-1, case.kv_block)).unflatten(2, (-1, case.q_block))
-    some: Tensor = tiles.any(-1).any(3)
-    return some.expand(case.batch, case.heads, -1, -1)
-
-
 @given(case=cases(dtypes=(torch.float32,), terms=("bias", "mask")))
 def test_the_map_has_the_blocks_with_a_visible_pair(case: Case) -> None:
-    inputs = case.tensors()
-    assert inputs.scores is not None
-    sizes = {"q_block": case.q_block, "kv_block": case.kv_block}
-    found = visible_blocks(inputs.q, inputs.k, inputs.scores, inputs.band, **sizes)
-    assert torch.equal((found != 0).expand(case.batch, case.heads, -1, -1), block_truth(case, inputs))
-    unhidden = replace(case, left=-1, right=-1, segments="none")
-    every = ~block_truth(unhidden, replace(unhidden.tensors(), scores=Scores(mask=~shown_by_scores(inputs.scores))))
-    assert torch.equal((found == 2).expand_as(every), every & block_truth(case, inputs))
+    def make(inputs: Inputs) -> Tensor:
+        assert inputs.scores is not None
+        sizes = {"q_block": case.q_block, "kv_block": case.kv_block}
+        return visible_blocks(inputs.q, inputs.k, inputs.scores, inputs.band, **sizes)
+
+    check_map(case, case.tensors(), make)
 
 
 @given(case=cases(dtypes=(torch.float32,), terms=("bias", "mask")))
 def test_hidden_blocks_are_not_computed_and_not_counted(implementation: str, case: Case) -> None:
-    inputs = case.tensors()
-    counter = torch.zeros(3, dtype=torch.int64)
-    attend(inputs, counter=counter)
-    listed = torch.zeros(case.batch, case.heads, *block_truth(case, inputs).shape[2:], dtype=torch.bool)
-    for place in torch.cartesian_prod(*(torch.arange(n) for n in listed.shape[:3])).view(-1, 3).tolist():
-        shared = tuple(at % size for at, size in zip(place, inputs.kv_num_blocks.shape, strict=True))
-        used = inputs.kv_indices[shared][: inputs.kv_num_blocks[shared]]
-        listed[tuple(place)][used.long()] = True
-    assert counter.tolist() == [1, int((listed & block_truth(case, inputs)).sum()), 0]
+    check_count(case, case.tensors(), attend)
 
 
 @given(case=cases(dtypes=(torch.float32,), square_blocks=True, terms=("bias", "mask")))
 def test_selection_ranks_only_visible_blocks(implementation: str, case: Case) -> None:
-    inputs = case.tensors()
-    assert inputs.scores is not None
-    sizes = {"q_block": case.q_block, "kv_block": case.kv_block}
-    blocks = visible_blocks(inputs.q, inputs.k, inputs.scores, inputs.band, **sizes)
-    truth = block_truth(case, inputs)
-    for density in (0.3, 1.0):
-        counter = torch.zeros(3, dtype=torch.int64)
-        num, lists = select_blocks_cpu(
-            inputs.q, inputs.k, **inputs.mask, density=density, blocks=blocks, counter=counter
-        )
-        expected, _ = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=density, blocks=truth)
-        assert torch.equal(num, expected)
-        assert counter[2] == truth.sum()
-        used = torch.arange(lists.shape[-1]) < num[..., None]
-        assert truth.gather(-1, lists.long())[used].all()
-    num, lists = select_scored_cpu(
-        inputs.q, inputs.k, **inputs.mask, rule=Rule("window", float(1 << 29), sink=0), blocks=blocks
-    )
-    assert torch.equal(num.expand(case.batch, case.heads, -1), truth.sum(-1).int())
+    check_selection(case, case.tensors(), select_blocks_cpu, select_scored_cpu)
+
+
+@given(case=column_cases(terms=TERMS))
+def test_columns(case: ColumnCase) -> None:
+    check_columns(case, case.tensors(), attend, attend_columns_cpu)
 
 
 def test_refusals_say_what_was_given_and_what_is_accepted() -> None:
