@@ -184,9 +184,11 @@ class _Assembly:
         row = rows[-1]
         lead = [atom for atom in order if atom not in (row, key_atom)]
         batch, heads = _split(lead, key_atoms | value_atoms)
+        shared = key_atoms | value_atoms
         if len(lead) == 1 and (found := self._unmerged(lead[0], query, query_dims, key, key_dims)) is not None:
             batch, heads = found
-        held = [atom for atom in heads if atom in key_atoms or atom in value_atoms]
+            shared |= {*batch, *heads}
+        held = [atom for atom in heads if atom in shared]
         own = tuple(held) if tuple(heads[: len(held)]) == tuple(held) else tuple(heads)
         groups = (tuple(batch), tuple(heads), (row,))
         made_query = self._arranged(query, query_dims, (*groups, (summed,)))

@@ -121,6 +121,9 @@ for _name, _targets in {
     "cast": _CAST,
     "same": _SAME,
     "sdpa": _SDPA,
+    "multi_head_attention": (F.multi_head_attention_forward,),
+    "flex_attention": (torch.ops.higher_order.flex_attention,),
+    "native_attention": (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd),
 }.items():
     _NAMES.update(dict.fromkeys(_targets, _name))
 
@@ -316,6 +319,7 @@ _FRESH = frozenset(
     ["matmul", "baddbmm", "einsum", "add", "sub", "mul", "div", "tanh", "where", "masked_fill", "cat", "softmax"]
 )
 """Operations whose result is new memory: written to in place, they are the only ones that see it."""
+_FACTORIES = frozenset(["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full"])
 _VIEWS = frozenset(["transpose", "permute", "unsqueeze", "squeeze", "getitem", "expand", "reshape"])
 _SHAPE_READERS = frozenset(["expand_as", "view_as", "reshape_as", "type_as", "to"])
 """Methods that take only the shape or type of their second operand."""
@@ -388,7 +392,7 @@ class CanonicalGraph:
             parent = at.all_input_nodes[0]
             looks += [user for user in parent.users if user is not at]
             at = parent
-        if looks or self.ops[at].name not in _FRESH:
+        if looks or not (self.ops[at].name in _FRESH or self.ops[at].name.partition(":")[2] in _FACTORIES):
             return _opaque(node)
         self.read_writes.add(node)
         return op
@@ -404,20 +408,11 @@ class CanonicalGraph:
         """Live nodes that read the value of ``node``, directly or through identities, in graph order."""
         return [user for user in self.flow.successors(node) if user in self.live]
 
-    def write_inside(self, region: frozenset[fx.Node]) -> fx.Node | None:
-        """A node that writes to memory between the first and the last node of ``region``, or None.
-
-        A replacement reads its operands where the last node stands, so it alone would see that write. Writes to the
-        region's own memory, which end with it, are none.
-        """
-        places = [self.order[node] for node in region]
-        at = bisect.bisect_right(self.writes, min(places), key=self.order.__getitem__)
-        for write in self.writes[at:]:
-            if self.order[write] >= max(places):
-                return None
-            if write not in region or write not in self.read_writes:
-                return write
-        return None
+    def writes_between(self, first: int, last: int) -> list[fx.Node]:
+        """The nodes that write to memory between two places of the graph, in order."""
+        at = bisect.bisect_right(self.writes, first, key=self.order.__getitem__)
+        until = bisect.bisect_left(self.writes, last, key=self.order.__getitem__)
+        return self.writes[at:until]
 
     def anchors(self, name: str) -> list[fx.Node]:
         return [node for node, op in self.ops.items() if op.name == name]

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import sparsepass.mask_views  # noqa: F401  registers the handlers of the reader
 from sparsepass.canon import Operand, canonical_op, mutates, value
 from sparsepass.mask_ir import Bool, Choice, Logic, Pred, Prover, Size, Value, expr_of
-from sparsepass.mask_mutation import mutated_nodes
+from sparsepass.mask_mutation import mutated_nodes, touched_by
 from sparsepass.mask_read import ONE, ZERO, MaskReader, sizes_of, tensor_of, title
 from sparsepass.mask_terms import Found, Refused, TermReader
 from sparsepass.match import HIDES, Term, same_size
@@ -309,14 +309,18 @@ class _Recognizer:
 
     def _check_unchanged(self, found: Found, segments: fx.Node | None) -> None:
         """Refuse a mask that is read from, or described by, memory that the graph has written to by then."""
-        written = mutated_nodes(self.mask.graph)
         visited = self.reader.visited
-        order = {node: position for position, node in enumerate(self.mask.graph.nodes)} if written else {}
-        for node in visited & written.keys():
-            writer = written[node]
-            late = any(user in visited and order[user] >= order[writer] for user in node.users)
-            if late or node in (self.mask, segments, *found.padding):
-                raise Refused(f"The mask depends on '{node.name}', which {title(writer)} changes in place.", node)
+        kept = {self.mask, *found.padding} | ({segments} if segments is not None else set())
+        if not visited & mutated_nodes(self.mask.graph).keys():
+            return
+        order = {node: position for position, node in enumerate(self.mask.graph.nodes)}
+        for writer in order:
+            for node in visited & touched_by(writer).keys():
+                if node is writer:
+                    continue  # read as the operation that it is, of what was there before
+                late = any(user in visited and order[user] > order[writer] for user in node.users)
+                if late or (node in kept and order[node] < order[writer]):
+                    raise Refused(f"The mask depends on '{node.name}', which {title(writer)} changes in place.", node)
 
 
 def _shape_envs(mask: fx.Node, tensor: torch.Tensor, *lengths: Size) -> Iterator[ShapeEnv]:

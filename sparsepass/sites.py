@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, value
+from sparsepass.canon import CanonicalGraph, nodes_of, value
 from sparsepass.hints import NODE_KEY
 from sparsepass.made import Maker
 from sparsepass.mask import MaskTerms, recognize_masks
+from sparsepass.mask_mutation import touched_by
 from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
 from sparsepass.patterns.catalogue import CATALOGUE
 from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
+
+FEWEST_KEYS = 16
+"""Attention over fewer is left alone: there is no block to leave out."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,21 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] = CATALOGUE) -> F
         if not candidates:
             continue
         outcome = _first_match(candidates, view, node, maker)
-        if isinstance(outcome, Attention) and (write := view.write_inside(outcome.region)) is not None:
+        if isinstance(outcome, Attention) and (write := _write_inside(view, outcome)) is not None:
             outcome = Skip(f"{write.name!r} writes to memory in the middle of this attention", (write.name,))
+        if isinstance(outcome, Attention) and (few := _too_few(outcome)) is not None:
+            outcome = few
         if isinstance(outcome, Attention):
             matched.append(outcome)
         elif isinstance(outcome, Skip) or _looks_like_attention(view, node):
             refused.append(Skip(str(outcome.reason), (node.name, *outcome.nodes)))
     matched.sort(key=lambda attention: view.order[attention.output])  # what is made for one serves those after it
-    sites = [_describe(index, attention, masks) for index, attention in enumerate(matched)]
+    sites = [_describe(index, attention, masks, view) for index, attention in enumerate(matched)]
     return Findings(tuple(sites), tuple(refused), view)
 
 
 def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
-    """Attention inside the sub-graphs of higher-order operations (checkpointing, say): found, not rewritten."""
+    """Attention that one node hides, which is not written out (see ``inline``): found, not rewritten."""
     skips = []
     for name, child in gm.named_modules():
         if isinstance(child, fx.GraphModule) and child is not gm:
@@ -80,6 +86,38 @@ def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
                 reason = f"inside the higher-order operation {name!r} (checkpointing, for instance), left as it is"
                 skips.append(Skip(reason, (f"{name}.{found.site.name}",)))
     return tuple(skips)
+
+
+def _too_few(attention: Attention) -> Skip | None:
+    """Attention over layers, streams or experts is none over tokens. A decode step may have few tokens all the same."""
+    rows, keys = shape(attention.query)[2], shape(attention.key)[2]
+    if not isinstance(keys, int) or keys >= FEWEST_KEYS or (isinstance(rows, int) and rows == 1):
+        return None
+    name = attention.output.name
+    return Skip(
+        f"{name!r} attends to {keys} entries, too few to be tokens (layers, streams, patches of one window)", (name,)
+    )
+
+
+def _write_inside(view: CanonicalGraph, attention: Attention) -> fx.Node | None:
+    """A write that the replacement would see and the attention does not, or the other way around.
+
+    The replacement reads its operands where the last node of the region stands. Writes to the region's own memory that
+    are read as operations of it end with it.
+    """
+    region = attention.region
+    places = [view.order[node] for node in region]
+    terms = (*attention.operands, attention.sinks, *(term.operand for term in attention.masks))
+    operands = set(nodes_of(terms))
+    for write in view.writes_between(min(places), max(places)):
+        if write in region and write in view.read_writes:
+            continue
+        touched = touched_by(write)
+        if any(
+            node in touched and (node in region or view.order[node] < view.order[write]) for node in operands | region
+        ):
+            return write
+    return None
 
 
 def _first_match(
@@ -117,10 +155,15 @@ def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
     return False
 
 
-def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip]) -> FoundSite:
+def _describe(
+    index: int,
+    attention: Attention,
+    masks: dict[tuple[object, ...], MaskTerms | Skip],
+    view: CanonicalGraph,
+) -> FoundSite:
     query, key, values = shape(attention.query), shape(attention.key), shape(attention.value)
     q_len, kv_len = query[2], key[2]
-    terms = _mask_terms(attention, masks)
+    terms = _mask_terms(attention, masks, view)
     held = value(attention.output)
     summary: MaskSummary | None = None
     if isinstance(terms, MaskTerms):
@@ -147,7 +190,9 @@ def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], 
     return FoundSite(site, attention, terms, _layer(module, index), custom.get(NODE_KEY))
 
 
-def _mask_terms(attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip]) -> MaskTerms | Skip:
+def _mask_terms(
+    attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip], view: CanonicalGraph
+) -> MaskTerms | Skip:
     """What the masks of a site are. Layers share masks: each combination is recognized once."""
     sizes = (*shape(attention.query)[:3], shape(attention.key)[2])
     whole = tuple(map(str, sizes))
@@ -158,10 +203,23 @@ def _mask_terms(attention: Attention, masks: dict[tuple[object, ...], MaskTerms 
         )
     terms = masks[key]
     if isinstance(terms, MaskTerms):
+        given = {term.operand for term in attention.masks}
         for term in terms.whole:
             if (reason := _misfit(term, sizes)) is not None:
                 return Skip(reason, (term.operand.name,))
+            if term.operand not in given and (write := _write_after(view, term, attention.output)) is not None:
+                reason = f"a part of the mask, {term.operand.name!r}, is changed by {write.name!r} before its attention"
+                return Skip(reason, (term.operand.name, write.name))
     return terms
+
+
+def _write_after(view: CanonicalGraph, term: Term, output: fx.Node) -> fx.Node | None:
+    """A write to what a term is made of, after it is computed."""
+    for node in nodes_of(term.operand):
+        for write in view.writes_between(view.order[node], view.order[output]):
+            if node in touched_by(write):
+                return write
+    return None
 
 
 def _misfit(term: Term, sizes: tuple[int | torch.SymInt, ...]) -> str | None:

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sites",
         "entries",
         "ranges options verify",
-        "plan rewrite",
+        "plan rewrite inline",
         "record",
         "pipeline",
         "decorator inspection warmup",
@@ -46,7 +46,7 @@ UPWARD_WHEN_RUN = {
 }
 """Imports inside a function that point up, each for a reason; everything else points down there too."""
 
-MUTATES_GRAPHS = {"sparsepass.rewrite"}
+MUTATES_GRAPHS = {"sparsepass.rewrite", "sparsepass.inline"}
 GRAPH_EDITS = {
     "call_function",
     "call_method",

@@ -67,7 +67,7 @@ REFUSED: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
     (lambda pad: causal(pad) | pad.bool()[:, None, None, :], "union"),
     (lambda pad: grid(pad)[1] <= grid(pad)[0] + pad[0, 0], "offset between queries and keys is data"),
     (lambda pad: pad[:, None, :, None] <= pad[:, None, None, :], "position ids that are data"),
-    (in_place_and, "in place"),
+    (in_place_and, "not understood"),
     (through_a_view, "in place"),
     (changed_before_reading, "in place"),
 ]
