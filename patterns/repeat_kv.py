@@ -20,6 +20,12 @@ def repeated(k: torch.Tensor, groups: int) -> torch.Tensor:
     return k[:, :, None, :, :].expand(batch, heads, groups, length, dim).reshape(batch, heads * groups, length, dim)
 
 
+def both_without_repeat(view: CanonicalGraph, key: Operand, value: Operand) -> tuple[Operand, Operand]:
+    """Key and value without their repetition, or as they are where only one of them is seen to be repeated."""
+    pair = without_repeat(view, key), without_repeat(view, value)
+    return pair if same_size(shape(pair[0])[1], shape(pair[1])[1]) else (key, value)
+
+
 def without_repeat(view: CanonicalGraph, node: Operand) -> Operand:
     """The [B, Hkv, S, D] tensor behind a repeated [B, H, S, D] one, or ``node`` itself where nothing is repeated."""
     node = view.resolve(node)

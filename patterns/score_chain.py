@@ -142,8 +142,9 @@ def _add(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
     left, right = (view.resolve(operand) for operand in op.operands)
     sign = -1.0 if op.name == "sub" else 1.0
     for scores, other in ((left, right), (right, left)) if sign > 0 else ((left, right),):
-        if number_of(other) is not None and isinstance(scores, fx.Node):
-            return Step(Kind.NOTHING, node, other), scores
+        number = number_of(other)
+        if number is not None and isinstance(scores, fx.Node):
+            return Step(Kind.NOTHING, node, sign * number), scores
     if sign < 0 and isinstance(right, fx.Node) and (peak := _row_maximum(view, right, left)) is not None:
         return Step(Kind.NOTHING, node, also=peak), left
     if isinstance(left, fx.Node) and isinstance(right, fx.Node):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from sparsepass.match import Attention, Match, Pattern, Term, shape
-from sparsepass.patterns.repeat_kv import without_repeat
+from sparsepass.patterns.repeat_kv import both_without_repeat
 from sparsepass.types import Skip
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -34,7 +34,7 @@ def check(match: Match) -> Attention | Skip:
     restore: tuple[tuple[Any, ...], ...] = ()
     masks = () if mask is None else (Term(mask),)
     if ranks[0] == 4:
-        key, value = without_repeat(match.view, key), without_repeat(match.view, value)
+        key, value = both_without_repeat(match.view, key, value)
     elif ranks[0] > 4:
         return Skip(f"query, key and value have {ranks[0]} dimensions; at most four are supported", (node.name,))
     else:

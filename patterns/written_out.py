@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand, is_scalar, value
+from sparsepass.canon import CanonicalGraph, Op, Operand, is_scalar, value
 from sparsepass.match import Attention, Match, NearMiss, Pattern, Term, same_size, shape, used_outside
 from sparsepass.patterns.axes import Atom, Axes, Dims, NotRegrouped
 from sparsepass.patterns.below import Below, read_below
 from sparsepass.patterns.gate import with_gate
 from sparsepass.patterns.products import Product, product_of
-from sparsepass.patterns.repeat_kv import without_repeat
+from sparsepass.patterns.repeat_kv import both_without_repeat
 from sparsepass.patterns.score_chain import Chain, Kind, NoProduct, Step, Unclear, node_name, read_chain
 from sparsepass.types import Skip
 
@@ -34,6 +34,8 @@ class _Reading:
     query_factors: list[tuple[Operand, Dims, float]] = field(default_factory=list)
     terms: list[tuple[Operand, Dims, float]] = field(default_factory=list)
     sink: tuple[Operand, Dims] | None = None
+    constant: float = 0.0
+    """Added to every score: the same to a softmax, but not to sinks."""
 
 
 def check(match: Match) -> Attention | Skip | NearMiss:
@@ -105,14 +107,18 @@ class _Assembly:
                 case Kind.SINK:
                     reading.sink = step.operand, dims
                 case Kind.NOTHING:
-                    self._check_nothing(step)
+                    self._nothing(step)
         return dims
 
-    def _check_nothing(self, step: Step) -> None:
-        """A constant added inside a soft cap would matter."""
-        later = self.chain.steps[self.chain.steps.index(step) :]
-        if any(other.kind is Kind.TANH for other in later):
+    def _nothing(self, step: Step) -> None:
+        """A constant added inside a soft cap would matter, the row's maximum taken off before sinks join too."""
+        later = {other.kind for other in self.chain.steps[self.chain.steps.index(step) :]}
+        if Kind.TANH in later:
             raise Unclear("a constant is added to the scores before they are capped", step.node)
+        if step.also and Kind.SINK in later:
+            raise Unclear("the row's maximum is taken off the scores before sinks join them", step.node)
+        if isinstance(step.operand, float) and self.reading.sink is None:
+            self.reading.constant += step.operand
 
     def _viewed(self, dims: Dims, node: fx.Node) -> Dims:
         op = self.view.ops[node]
@@ -136,6 +142,7 @@ class _Assembly:
                 raise Unclear("the scores are scaled by two numbers, of which one is dynamic", step.node)
             else:
                 reading.scale *= factor
+            reading.constant *= factor
             reading.terms = [(term, seen, self._times(term, sign, factor)) for term, seen, sign in reading.terms]
             return
         if reading.outer is not None or reading.terms:
@@ -205,11 +212,12 @@ class _Assembly:
         if softcap is not None:
             assert not isinstance(scale, fx.Node)  # refused above
             scale = scale * softcap
+        made_key, made_value = both_without_repeat(self.view, made_key, made_value)
         return Attention(
             spelling="eager_softmax",
             query=made_query,
-            key=without_repeat(self.view, made_key),
-            value=without_repeat(self.view, made_value),
+            key=made_key,
+            value=made_value,
             output=output,
             scale=scale,
             masks=terms,
@@ -246,6 +254,11 @@ class _Assembly:
 
     def _arranged(self, source: Operand, dims: Dims, groups: Dims) -> Operand:
         steps = self.axes.steps(dims, groups)
+        behind = source
+        while steps and (op := self.view.ops[behind]).name in ("transpose", "permute"):
+            behind, dims = self.view.resolve(op.operands[0]), _before(op, dims)
+            if not self.axes.steps(dims, groups):
+                return behind  # transposed only to be transposed back
         if len(steps) == 1 and steps[0][0] == "unflatten" and isinstance(source, fx.Node):
             before = self.view.ops[source]
             origin = self.view.resolve(before.operands[0]) if before.name == "reshape" else None
@@ -288,7 +301,8 @@ class _Assembly:
                 f"the sinks {operand.name!r} differ from query to query or from row to row; one per head is supported",
                 operand,
             )
-        return self._made(source, self.axes.steps(kept, (heads,)))
+        sinks = self._made(source, self.axes.steps(kept, (heads,)))
+        return sinks if not self.reading.constant else self.maker.call(torch.sub, sinks, self.reading.constant)
 
     def _unexpanded(self, operand: Operand, dims: Dims) -> tuple[Operand, Dims]:
         """The tensor behind ``expand``, with no atom where it is broadcast."""
@@ -312,6 +326,17 @@ class _Assembly:
         if any(node_name(user) in ("view", "view_as") for user in node.users):
             steps = (*steps, ("contiguous",))  # the op lays heads out behind positions; such a view may not be possible
         return node, steps
+
+
+def _before(op: Op, dims: Dims) -> Dims:
+    """The dims that a transposed tensor had before."""
+    order = list(range(len(dims)))
+    if op.name == "transpose":
+        first, second = dict(op.params)["dims"]
+        order[first], order[second] = order[second], order[first]
+    else:
+        order = [axis % len(dims) for axis in dict(op.params)["dims"]]
+    return tuple(dims[order.index(axis)] for axis in range(len(dims)))
 
 
 def _split(lead: list[Atom], shared: set[Atom]) -> tuple[list[Atom], list[Atom]]:

@@ -334,7 +334,7 @@ class CanonicalGraph:
 
     What is written in place (``scores /= 8``, ``scores.masked_fill_(..)``) is read in its order: operands of later
     operations are the node that wrote last. That is so where the memory is a result of its own that nothing else looks
-    at; any other write is in ``writes`` alone, and a region across it is refused.
+    at, or at its only view; any other write is in ``writes`` alone, and a region across it is refused.
     """
 
     graph: fx.Graph
@@ -388,9 +388,9 @@ class CanonicalGraph:
             return _opaque(node)
         at = node.args[0]
         looks = [user for user in at.users if user in self.ops and (user in self._source or self._is_view(user))]
-        while at in self._source:
+        while at in self._source or self.ops[at].name in _VIEWS:
             parent = at.all_input_nodes[0]
-            looks += [user for user in parent.users if user is not at]
+            looks += [user for user in parent.users if user is not at and user in self.live]
             at = parent
         if looks or not (self.ops[at].name in _FRESH or self.ops[at].name.partition(":")[2] in _FACTORIES):
             return _opaque(node)

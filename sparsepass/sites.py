@@ -15,6 +15,7 @@ from sparsepass.mask import MaskTerms, recognize_masks
 from sparsepass.mask_mutation import touched_by
 from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
 from sparsepass.patterns.catalogue import CATALOGUE
+from sparsepass.patterns.products import is_product
 from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
@@ -136,21 +137,23 @@ def _first_match(
 
 
 def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
-    """Softmax over logits (a sampler, a router) is no attention: scores are a product of two activations.
-
-    Follows the softmax's input a few steps up to a product of tensors of three dimensions or more.
-    """
+    """Softmax over logits (a sampler, a router) is no attention: its scores are a product of two activations, or its
+    probabilities are multiplied with values. Tensors of three dimensions or more, at least as many keys as tokens."""
     if view.ops[node].name != "softmax":
         return True
-    reached = [node]
+    sizes = shape(node)
+    if len(sizes) < 3 or (isinstance(sizes[-1], int) and sizes[-1] < FEWEST_KEYS):
+        return False
+    above = [view.resolve(one) for one in view.ops[node].operands]
     for _ in range(6):
-        reached = [
-            source
-            for current in reached
-            for operand in view.ops[current].operands
-            if isinstance(source := view.resolve(operand), fx.Node)
-        ]
-        if any(view.ops[n].name == "matmul" and all(len(shape(o)) >= 3 for o in view.ops[n].operands) for n in reached):
+        nodes = [one for one in above if isinstance(one, fx.Node)]
+        if any(is_product(view, one) for one in nodes):
+            return True
+        above = [view.resolve(operand) for one in nodes for operand in view.ops[one].operands]
+    below = [node]
+    for _ in range(6):
+        below = [user for one in below for user in view.users(one) if len(shape(user)) >= 3][:8]
+        if any(is_product(view, one) for one in below):
             return True
     return False
 
