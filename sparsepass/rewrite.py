@@ -228,7 +228,7 @@ class Rewriter:
             assert numbers is not None  # one of the two is there
             return numbers, numbers
         if numbers is not None:
-            return numbers, self._call(torch.where, visible, numbers, -1)
+            return numbers, self._call("masked_fill", numbers, self._call("logical_not", visible), -1)
         ids = self._call(torch.sub, self._call("to", visible, torch.int32), 1)
         return None, self._call("expand", ids, batch, -1)
 
