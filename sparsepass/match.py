@@ -121,7 +121,8 @@ class Match:
 
 
 Check = Callable[[Match], "Attention | Skip | NearMiss"]
-"""A ``Skip`` is final: this is the pattern's attention, and stays as it is. After a ``NearMiss`` others are tried."""
+"""A ``Skip`` says why this attention stays as it is, a ``NearMiss`` how far it is one; both unless another pattern
+matches."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,12 @@ class _Search:
     def mismatch(self, reason: str, *nodes: fx.Node) -> _Mismatch:
         return _Mismatch(len(self.nodes), reason, nodes)
 
-    def unify(self, wanted: fx.Node, operand: Operand) -> None:
+    def unify(self, wanted: Operand, operand: Operand) -> None:
         operand = self.view.resolve(operand)
+        if not isinstance(wanted, fx.Node):
+            if isinstance(operand, fx.Node) or operand != wanted:
+                raise self.mismatch(f"expected the constant {wanted!r}, found {operand!r}")
+            return
         if wanted.op == "placeholder":
             self.bind(wanted.name, operand)
             return

@@ -14,7 +14,7 @@ from sparsepass.made import Maker
 from sparsepass.mask import MaskTerms, recognize_masks
 from sparsepass.mask_mutation import touched_by
 from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
-from sparsepass.patterns.catalogue import CATALOGUE
+from sparsepass.patterns.catalogue import every_pattern
 from sparsepass.patterns.products import is_product
 from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
@@ -54,8 +54,9 @@ class Findings:
         return tuple(found for found in self.sites if found.site.phase is Phase.PREFILL)
 
 
-def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] = CATALOGUE) -> Findings:
-    """Match every anchor of ``graph`` against the catalogue. Linear in the graph; nothing is mutated or guarded."""
+def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) -> Findings:
+    """Match every anchor of ``graph`` against the patterns. Linear in the graph; nothing is mutated or guarded."""
+    catalogue = every_pattern() if catalogue is None else catalogue
     view, maker = CanonicalGraph(graph), Maker()
     masks: dict[tuple[object, ...], MaskTerms | Skip] = {}
     matched: list[Attention] = []
