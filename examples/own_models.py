@@ -23,6 +23,8 @@ WIDTH, HEADS = 64, 4
 class NanoGPT(nn.Module):
     """One projection, split; a triangular buffer; masked_fill."""
 
+    bias: T
+
     def __init__(self, length: int) -> None:
         super().__init__()
         self.attn, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -34,8 +36,9 @@ class NanoGPT(nn.Module):
         q, k, v = (one.view(b, t, HEADS, c // HEADS).transpose(1, 2) for one in (q, k, v))
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         att = att.masked_fill(self.bias[:, :, :t, :t] == 0, float("-inf"))
-        y = F.softmax(att, dim=-1) @ v
-        return self.proj(y.transpose(1, 2).contiguous().view(b, t, c))
+        y: T = F.softmax(att, dim=-1) @ v
+        y = self.proj(y.transpose(1, 2).contiguous().view(b, t, c))
+        return y
 
 
 class Einops(nn.Module):
@@ -52,7 +55,8 @@ class Einops(nn.Module):
         causal = torch.ones((i, j), dtype=torch.bool).triu(j - i + 1)
         sim = sim.masked_fill(causal, -torch.finfo(sim.dtype).max)
         out = torch.einsum("b h i j, b h j d -> b h i d", sim.softmax(dim=-1), v)
-        return self.out(out.permute(0, 2, 1, 3).flatten(2))
+        y: T = self.out(out.permute(0, 2, 1, 3).flatten(2))
+        return y
 
 
 class Timm(nn.Module):
@@ -66,7 +70,8 @@ class Timm(nn.Module):
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
         attn = ((q * (c // HEADS) ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
-        return self.proj((attn @ v).transpose(1, 2).reshape(b, n, c))
+        y: T = self.proj((attn @ v).transpose(1, 2).reshape(b, n, c))
+        return y
 
 
 class Batched(nn.Module):

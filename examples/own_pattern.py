@@ -54,6 +54,8 @@ MULTIPLIED_MASK = Pattern(name="multiplied_mask", anchor="softmax", check=check,
 class Attend(torch.nn.Module):
     """The model: a mask of 0 and 1 as a buffer."""
 
+    shown: T
+
     def __init__(self, length: int) -> None:
         super().__init__()
         self.register_buffer("shown", torch.ones(length, length).tril()[None, None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,7 +83,8 @@ def test_every_spelling_alone(axis: str) -> None:
     elif axis == "sinks":
         check([Spelling(sinks=True, softmax=name) for name in SOFTMAXES if name != "merged"])
     else:
-        check([replace(Spelling(), **{axis: name}) for name in AXES[axis]])
+        choices: list[dict[str, Any]] = [{axis: name} for name in AXES[axis]]
+        check([Spelling(**choice) for choice in choices])
 
 
 @settings(
