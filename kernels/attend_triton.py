@@ -85,8 +85,8 @@ def block_sparse_attention_cuda(
     blocks = None if blocks is None else blocks.contiguous()
     if blocks is None and scores.hides:
         host.check_shapes(q, k, v, offset, q_block, kv_block)
-        sizes = {"q_len": q.shape[2], "kv_len": k.shape[2], "q_block": q_block, "kv_block": kv_block}
-        segments = dict(zip(("q_segments", "kv_segments"), (q_segments, kv_segments), strict=True))
+        sizes: dict[str, Any] = {"q_len": q.shape[2], "kv_len": k.shape[2], "q_block": q_block, "kv_block": kv_block}
+        segments: dict[str, Any] = dict(zip(("q_segments", "kv_segments"), (q_segments, kv_segments), strict=True))
         blocks = block_map_cuda(scores, left=left, right=right, offset=offset, batch=q.shape[0], **segments, **sizes)
     options: dict[str, Any] = {
         "scale": scale,
@@ -159,12 +159,11 @@ def attend_launches(
         lambda: f"implementation is {implementation!r}; accepted are {', '.join(IMPLEMENTATIONS)}.",
     )
     if tile is None:
-        plain = head_dim == v_head_dim and not scores.given
-        tile = (
-            tile_for(q.device, q.dtype, head_dim)
-            if plain
-            else attend_tile(q.dtype, head_dim, capability_of(q.device), v_head_dim=v_head_dim, tensors=scores.hides)
-        )
+        if head_dim == v_head_dim and not scores.given:
+            tile = tile_for(q.device, q.dtype, head_dim)
+        else:  # what was tuned was neither
+            terms = 2 if scores.slopes is not None or scores.bias is not None else int(scores.given)
+            tile = attend_tile(q.dtype, head_dim, capability_of(q.device), v_head_dim=v_head_dim, terms=terms)
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
 

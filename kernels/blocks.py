@@ -98,3 +98,9 @@ def split_head(head_dim: int, dim_step: int) -> tuple[int, int]:
         if tail < half:
             return half, tail
     return (whole, 0) if whole <= dim_step else (ceil_div(head_dim, dim_step) * dim_step, 0)
+
+
+def dim_steps(head_dim: int, step: int) -> tuple[int, int]:
+    """Dimensions as a kernel loads them in all and at a time: at once up to 256, ``step`` by ``step`` beyond."""
+    whole = tile_side(head_dim)
+    return (whole, whole) if head_dim <= 256 else (ceil_div(head_dim, step) * step, step)

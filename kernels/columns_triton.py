@@ -777,7 +777,8 @@ def column_launches(
     launches.append(Launch(_mark_columns, (rows, mark_heads, mark_batch), arguments, {"num_warps": 2}))
 
     tile = column_tile(q.dtype, max(head_dim, v_head_dim), capability_of(q.device))
-    block_m, block_d = min(tile.block_m, q_block), tile_side(head_dim)
+    block_m = min(tile.block_m, q_block)
+    block_d = tile_side(head_dim) if head_dim <= 256 else ceil_div(head_dim, tile.dim_step) * tile.dim_step
     tiles = ceil_div(q_len, block_m)
     programs = batch * heads * tiles
     flags = info.new_empty(programs)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
-from sparsepass.kernels.blocks import ceil_div, tile_side
+from sparsepass.kernels.blocks import ceil_div, dim_steps
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
 from sparsepass.kernels.pool_triton import allowed_launches, average_launch
@@ -153,7 +153,7 @@ def scored_launches(
         )
         launches += more
     elif rule.score == "mass":
-        padded = tile_side(head_dim)
+        padded = dim_steps(head_dim, 64)[0]
         launch, k_means, k_unlike = average_launch(k, kv_segments, kv_block, dtype=q.dtype, padded=padded, **similar)
         launches.append(launch)
         kv_ranges = ranges(kv_segments, kv_block)

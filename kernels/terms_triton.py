@@ -87,7 +87,7 @@ def _block_map(
     start = block * KV_BLOCK
     first = row * Q_BLOCK + offset
     last = tl.minimum((row + 1) * Q_BLOCK, q_len) - 1 + offset
-    state = 0
+    state = tl.full([], 0, tl.int32)
     if (start <= last + right) & (tl.minimum(start + KV_BLOCK, kv_len) > first - left):
         some = tl.zeros([STEP], tl.int32)
         every = tl.full([STEP], 1, tl.int32)

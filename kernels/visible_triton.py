@@ -39,7 +39,7 @@ def visible_pairs(start, position, q_segment, kv_segments_ptr, kv_segments_strid
 
 @triton.jit
 def shown_pairs(key, inside, there, bias_row, bias_stride_k, mask_row, mask_stride_k, hidden):
-    """Bool [BLOCK_M, KEYS]: what mask and bias leave visible; ``bias_row``, ``mask_row``: pointers [BLOCK_M] or None."""
+    """Bool [BLOCK_M, KEYS]: what mask and bias leave visible, by ``bias_row`` and ``mask_row``: pointers [BLOCK_M]."""
     shown = inside[:, None] & there[None, :]
     if mask_row is not None:
         mask = tl.load(mask_row[:, None] + key.to(tl.int64)[None, :] * mask_stride_k, mask=shown, other=0)

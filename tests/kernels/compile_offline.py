@@ -171,7 +171,7 @@ def term_launches_for(
         launches: list[Launch] = []
         blocks = None
         if scores.hides:
-            sizes = {"batch": 2, "q_len": kv_len, "kv_len": kv_len, "q_block": 128, "kv_block": 128}
+            sizes: dict[str, Any] = {"batch": 2, "q_len": kv_len, "kv_len": kv_len, "q_block": 128, "kv_block": 128}
             launch, blocks = block_map_launch(scores, **shared, **sizes)
             launches.append(launch)
         attend, _, _ = attend_launches(

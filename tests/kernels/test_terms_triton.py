@@ -97,7 +97,7 @@ def block_map(inputs: Inputs) -> Tensor:
     mask = {name: inputs.mask[name] for name in inputs.mask if name != "scale"}
     scores = check_scores(inputs.scores, inputs.q, inputs.k)
     assert scores is not None
-    shape = {"batch": inputs.q.shape[0], "q_len": inputs.q.shape[2], "kv_len": inputs.k.shape[2]}
+    shape: dict[str, Any] = {"batch": inputs.q.shape[0], "q_len": inputs.q.shape[2], "kv_len": inputs.k.shape[2]}
     with poisoned_empty():
         return block_map_cuda(scores, **mask, **shape)
 
