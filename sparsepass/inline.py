@@ -16,6 +16,7 @@ from torch import fx
 
 from sparsepass import dynamo
 from sparsepass.canon import value
+from sparsepass.patterns.composite import multi_head_arguments, multi_head_reason
 
 REGIONS = frozenset({"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"})
 """Higher-order operations that call their body once, with their other arguments."""
@@ -95,37 +96,6 @@ def _replace_results(call: fx.Node, results: Any) -> None:
     call.graph.erase_node(call)
 
 
-_NAMES = (
-    *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
-    *("add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias"),
-)
-
-
-def _given(node: fx.Node) -> dict[str, Any]:
-    defaults = {"training": True, "need_weights": True, "attn_mask": None, "key_padding_mask": None}
-    return defaults | dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
-
-
-def multi_head_reason(node: fx.Node) -> str | None:
-    """Why a call of ``F.multi_head_attention_forward`` stays as it is, or None."""
-    given = _given(node)
-    parts = [user.args[1] for user in node.users if getattr(user.target, "__name__", "") == "getitem"]
-    if given["need_weights"] and any(user for user in node.users if user.args[1:] != (0,)) and 1 in parts:
-        return "returns its attention weights; pass need_weights=False"
-    if len(parts) != len(node.users):
-        return "hands on its results as one tuple"
-    if given["training"] and given["dropout_p"] != 0.0:
-        return f"has dropout {given['dropout_p']}; call model.eval()"
-    if any(given.get(name) is not None for name in ("bias_k", "bias_v", "static_k", "static_v")):
-        return "has keys of its own (bias_k, bias_v, static_k or static_v)"
-    if given["add_zero_attn"]:
-        return "adds a key of zeros (add_zero_attn)"
-    held = value(given["query"])
-    if not isinstance(held, torch.Tensor) or held.dim() != 3:
-        return "has a query of other than three dimensions"
-    return None
-
-
 @dataclass
 class _MultiHead:
     """Writes one call of ``F.multi_head_attention_forward`` out. Its tensors are [S, B, E]."""
@@ -134,7 +104,7 @@ class _MultiHead:
     node: fx.Node
 
     def expand(self) -> None:
-        given = _given(self.node)
+        given = multi_head_arguments(self.node)
         with self.graph.inserting_before(self.node):
             heads = int(given["num_heads"])
             query, key, values = (

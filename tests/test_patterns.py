@@ -162,6 +162,7 @@ def test_multi_head_attention_is_written_out(kwargs: dict[str, Any]) -> None:
     assert site.blocks_computed > 0
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("model", "args", "reason"),
     [
