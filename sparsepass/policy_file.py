@@ -122,6 +122,7 @@ def _rule(data: dict[str, Any], where: str, pointer: str) -> Rule:
             budget=budget,
             above=int(lengths.get("above", 0)),  # JSON Schema's integers include 1024.0
             up_to=int(lengths["up_to"]) if "up_to" in lengths else None,
+            floor=data.get("floor"),
             **ranges,
         )
     except PolicyError as error:

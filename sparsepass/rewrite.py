@@ -20,9 +20,9 @@ from sparsepass.entries import budget_text, by_row
 from sparsepass.hints import parse_hint_text
 from sparsepass.mask import MaskTerms
 from sparsepass.match import Attention, same_size, shape
-from sparsepass.ops import SPARSE_ATTENTION, default_scale
+from sparsepass.ops import SPARSE_ATTENTION, WATCHED_ATTENTION, default_scale
 from sparsepass.sites import FoundSite
-from sparsepass.types import Align, PlanEntry, Rows
+from sparsepass.types import EXACT, Align, PlanEntry, Rows
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Rewriter:
     nodes: dict[fx.Node, fx.Node]
     """From the nodes that the findings speak of to the nodes of this graph."""
     slot: int
+    sampled: int = 0
+    """Query rows whose kept attention mass is measured at each sparse site; 0: nothing is measured."""
+    masses: dict[int, fx.Node] = field(default_factory=dict)
+    """What those rows kept, by the site's index: further outputs of the graph."""
     replaced: dict[str, fx.Node] = field(default_factory=dict)
     """New node by the site's name."""
     rows: dict[RowsInput, fx.Node] = field(default_factory=dict)
@@ -63,6 +67,9 @@ class Rewriter:
             self.graph.erase_node(old)
             self.nodes[found.attention.output] = new  # a later site may read it
             self.replaced[found.site.name] = new
+        if self.masses:
+            output = next(iter(reversed(self.graph.nodes)))
+            output.args = ((*output.args[0], *self.masses.values()),)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call (of a function, or of a method where ``target`` is a name) and record what it yields."""
@@ -119,7 +126,11 @@ class Rewriter:
             self.slot + found.site.index,
             self._rows_input(found) if by_row(entry.budget) else None,
         )
-        return self._call(SPARSE_ATTENTION, *arguments)
+        if not self.sampled or entry.budget == EXACT:
+            return self._call(SPARSE_ATTENTION, *arguments)
+        both = self._call(WATCHED_ATTENTION, *arguments, sampled=self.sampled)
+        self.masses[found.site.index] = self._call(operator.getitem, both, 1)
+        return self._call(operator.getitem, both, 0)
 
     def _rows_input(self, found: FoundSite) -> fx.Node:
         """The input of a mixed site's class numbers: one per device and size, shared by the layers."""

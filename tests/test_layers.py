@@ -16,7 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "types errors",
         # Facts about the outside world, and plain tools.
-        "kernels counters dynamo environment jsonable drawgraph canon mask_ir rowinputs",
+        "kernels counters dynamo environment jsonable drawgraph canon mask_ir rowinputs watch",
         "hints methods crossover_table match drawlayout mask_values mask_mutation models",
         "patterns ops crossover policy_rules draw mask_read mix",
         "policy functional mask_views mask_segments report",
@@ -26,9 +26,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "entries",
         "ranges options verify",
         "plan rewrite",
-        "record",
+        "watchplan record",
         "pipeline",
-        "decorator inspection warmup",
+        "decorator inspection warmup monitor",
+        "monitor_table",
         "bench",
         "tune coverage",
         "cli_bench",
@@ -42,6 +43,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 UPWARD_WHEN_RUN = {
     ("sparsepass.policy", "sparsepass.policy_file"),  # reading files needs jsonschema, which the pass does not
     ("sparsepass.report", "sparsepass.report_table"),  # Report.table(): the data knows nothing of how it is printed
+    ("sparsepass.monitor", "sparsepass.monitor_table"),  # likewise
 }
 """Imports inside a function that point up, each for a reason; everything else points down there too."""
 
