@@ -18,8 +18,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # Facts about the outside world, and plain tools.
         "kernels counters dynamo environment jsonable drawgraph canon mask_ir rowinputs watch",
         "hints methods crossover_table match drawlayout mask_values mask_mutation models",
-        "patterns ops crossover policy_rules draw mask_read mix",
-        "policy functional mask_views mask_segments report",
+        "patterns ops crossover policy_rules draw mask_read mix tasks",
+        "testbed policy functional mask_views mask_segments report",
         "mask_terms policy_file report_table testing",
         "mask cli_policy",
         "sites",
@@ -85,7 +85,7 @@ FILES = [
     path
     for folder in (
         *("sparsepass", "sparsepass/bench", "sparsepass/coverage", "sparsepass/methods", "sparsepass/testing"),
-        "sparsepass/tune",
+        *("sparsepass/tasks", "sparsepass/tasks/tokens", "sparsepass/testbed", "sparsepass/tune"),
         *("kernels", "patterns"),
     )
     for path in sorted((ROOT / folder).glob("*.py"))

@@ -1,0 +1,108 @@
+"""Training batches: every task in each batch, many questions behind each context, drawn thousands at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsepass.tasks.tokens import TOKEN_TASKS, Drawn, TokenTask
+from sparsepass.tasks.tokens.drawing import IGNORED
+from sparsepass.tasks.tokens.multi_hop import HOPS
+from sparsepass.tasks.tokens.vocabulary import PAD
+
+PARTS = (
+    "single_qa",
+    "multi_qa",
+    "multi_qa prompt",
+    "multi_hop end",
+    "multi_hop names",
+    "multi_hop links 2",
+    "multi_hop links 3",
+    "aggregation",
+)
+"""What is supervised, each with the same weight in the loss: answers, and for two tasks what leads to them."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """``steps`` batches: tokens [steps, B, S], and of the scored positions their place in the flattened batch, target
+    (both int64 [steps, N]) and part (int64 [N])."""
+
+    tokens: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    parts: torch.Tensor
+
+
+def question_room(length: int) -> int:
+    """Tokens at the end of a training sequence that hold questions with their answers."""
+    return max(48, min(256, length // 4))
+
+
+def draw_batches(steps: int, rows: int, length: int, generator: torch.Generator) -> Batches:
+    """``rows`` sequences per step, a multiple of the number of tasks, each task with as many."""
+    count = steps * (rows // len(TOKEN_TASKS))
+    drawn = [_packed(task, count, length, generator) for task in TOKEN_TASKS]
+    tokens = torch.cat([one[0].view(steps, -1, length) for one in drawn], dim=1)
+    places, targets, parts = [], [], []
+    for number, (_, where, target, part) in enumerate(drawn):
+        each = count // steps
+        start = (number * each + torch.arange(each, device=where.device)) * length
+        places.append((where.view(steps, each, -1) + start[:, None]).flatten(1))
+        targets.append(target.view(steps, -1))
+        parts.append(part.repeat(each))
+    return Batches(tokens, torch.cat(places, dim=1), torch.cat(targets, dim=1), torch.cat(parts))
+
+
+def _packed(
+    task: TokenTask, count: int, length: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequences [count, length], places and targets [count, N] of what is scored in them, and parts [N]."""
+    room, each = question_room(length), task.prompt_size + task.answer_size
+    questions = min(room // each, task.items(length)) if task.name == "token_frequent" else room // each
+    drawn = task.draw_many(
+        count,
+        length,
+        generator,
+        questions=questions,
+        context=length - room,
+        easier=True,
+        mixed_templates=True,
+    )
+    asked = torch.cat([drawn.prompts, drawn.answers], dim=-1).flatten(1)
+    rest = torch.full((count, room - asked.shape[1]), PAD, device=asked.device)
+    start = length - room + each * torch.arange(questions, device=asked.device)
+    scored = _scored(task, drawn, start)
+    places = torch.cat([place.expand(count, -1) for place, _, _ in scored], dim=-1)
+    targets = torch.cat([target for _, target, _ in scored], dim=-1)
+    parts = torch.cat([part for _, _, part in scored])
+    return torch.cat([drawn.context, asked, rest], dim=-1), places, targets, parts
+
+
+def _scored(
+    task: TokenTask, drawn: Drawn, start: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(places [1 or count, N], targets [count, N], parts [N]) of the answers and of what else is supervised."""
+    device = start.device
+    answer = torch.arange(task.answer_size, device=device)
+    where = (start[:, None] + task.prompt_size - 1 + answer).flatten()[None]
+    names = {"multi_hop": ["multi_hop end", *["multi_hop names"] * (HOPS - 1)]}
+    own = names.get(task.task_class, [str(task.task_class)] * task.answer_size)
+    part = torch.tensor([PARTS.index(name) for name in own], device=device).repeat(len(start))
+    scored = [(where, drawn.answers.flatten(1), part)]
+    if drawn.prompt_targets is not None:
+        known = range(1, task.prompt_size - 1)  # between the marker and ANSWER
+        inside = torch.tensor(list(known), device=device)
+        where = (start[:, None] + inside).flatten()[None]
+        target = drawn.prompt_targets[..., 1:-1].flatten(1)
+        scored.append((where, target, torch.full_like(where[0], PARTS.index("multi_qa prompt"))))
+    if drawn.link_places is not None and drawn.link_targets is not None:
+        hops = torch.arange(drawn.link_places.shape[1], device=device) % (HOPS - 1)
+        scored.append((drawn.link_places, drawn.link_targets, PARTS.index("multi_hop links 2") + hops))
+    return scored
+
+
+def scored_share(batches: Batches) -> float:
+    """Mean scored targets per sequence."""
+    return float((batches.targets != IGNORED).sum()) / (batches.tokens.shape[0] * batches.tokens.shape[1])
