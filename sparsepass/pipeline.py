@@ -15,6 +15,7 @@ from torch import fx
 from sparsepass import counters, crossover, dynamo, record, watch
 from sparsepass import options as options_module
 from sparsepass.canon import value
+from sparsepass.fingerprint import warn_of_sites
 from sparsepass.hints import hint_words
 from sparsepass.ops import prepare
 from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
@@ -52,6 +53,7 @@ def backend(
 
     findings = find_sites(gm.graph)
     findings = replace(findings, refused=findings.refused + find_nested(gm))
+    warn_of_sites(settings.policy, [found.site for found in findings.prefill])
     plan = plan_graph(findings, settings)
     rewritten, slot, inputs, sites = _rewrite(gm, findings, plan)
     watched = watched_graph(sites, findings, plan, settings) if sites else None

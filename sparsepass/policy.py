@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,13 +60,15 @@ class Policy:
     """Maps (task class, length bucket, layer, head) to a budget. Of the rules that hold, the last one wins.
 
     ``default`` holds where no rule does: ``dense``, or the built-in ``prior``. ``name`` and ``description`` are for
-    people and change no budget, so they are not in the fingerprint. Raises ``PolicyError``.
+    people, ``calibrated`` for warnings: they change no budget, so they are not in the fingerprint. Raises ``PolicyError``.
     """
 
     name: str = "unnamed"
     rules: tuple[Rule, ...] = ()
     default: Literal["dense", "prior"] = "dense"
     description: str = ""
+    calibrated: Mapping[str, Any] | None = None
+    """What it was measured on, if it was (``sparsepass calibrate``): architecture, weights, dtype, methods."""
 
     def __post_init__(self) -> None:
         if self.default not in ("dense", "prior"):
@@ -151,6 +153,8 @@ class Policy:
         data: dict[str, Any] = {"$schema": SCHEMA_ID, "version": VERSION, "name": self.name}
         if self.description:
             data["description"] = self.description
+        if self.calibrated:
+            data["calibrated"] = dict(self.calibrated)
         return {**data, "default": self.default, "rules": [rule_to_json(rule) for rule in self.rules]}
 
     @staticmethod

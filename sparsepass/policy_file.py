@@ -46,6 +46,7 @@ def from_json(data: Any, where: str) -> Policy:
         rules=tuple(_rule(rule, where, f"/rules/{index}") for index, rule in enumerate(data["rules"])),
         default=data.get("default", "dense"),
         description=data.get("description", ""),
+        calibrated=data.get("calibrated"),
     )
     if data.get("fingerprint", policy.fingerprint) != policy.fingerprint:
         raise PolicyError(
