@@ -61,7 +61,7 @@ def warn_of_sites(policy: Policy, sites: Iterable[AttentionSite]) -> None:
     """
     if not policy.calibrated:
         return
-    held = {"methods": {METHODS_VERSION}, "dtype": set(), "device": set()}  # type: ignore[var-annotated]
+    held: dict[str, set[Any]] = {"methods": {METHODS_VERSION}, "dtype": set(), "device": set()}
     for site in sites:
         held["dtype"].add(site.dtype)
         held["device"].add(torch.device(site.device).type)

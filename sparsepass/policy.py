@@ -60,7 +60,8 @@ class Policy:
     """Maps (task class, length bucket, layer, head) to a budget. Of the rules that hold, the last one wins.
 
     ``default`` holds where no rule does: ``dense``, or the built-in ``prior``. ``name`` and ``description`` are for
-    people, ``calibrated`` for warnings: they change no budget, so they are not in the fingerprint. Raises ``PolicyError``.
+    people, ``calibrated`` for warnings: they change no budget, so they are not in the fingerprint. Raises
+    ``PolicyError``.
     """
 
     name: str = "unnamed"

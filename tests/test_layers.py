@@ -87,6 +87,7 @@ FILES = [
     for folder in (
         *("sparsepass", "sparsepass/bench", "sparsepass/coverage", "sparsepass/methods", "sparsepass/testing"),
         *("sparsepass/tasks", "sparsepass/tasks/tokens", "sparsepass/testbed", "sparsepass/tune"),
+        "sparsepass/calibrate",
         *("kernels", "patterns"),
     )
     for path in sorted((ROOT / folder).glob("*.py"))

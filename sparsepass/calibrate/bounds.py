@@ -1,7 +1,7 @@
 """How sure one can be of a loss: exact binomial bounds on what was lost and won, question by question.
 
-A dense and a sparse run answer the same questions. Over those that dense gets right (``right``), ``lost`` is what sparse
-gets wrong of them, ``gained`` what it gets right besides; the loss is ``(lost - gained) / right``, a share of the dense
+A dense and a sparse run answer the same questions. Of those that dense gets right (``right``), ``lost`` is what sparse
+gets wrong, ``gained`` what it gets right besides; the loss is ``(lost - gained) / right``, a share of the dense
 accuracy. Its bounds are those of Clopper and Pearson (1934) on both parts. Questions about one context are no
 independent ones: they count for as many as their spread between contexts says (the design effect of a cluster sample).
 """

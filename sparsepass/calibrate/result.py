@@ -74,7 +74,7 @@ class Calibration:
         return self._shared(cells, list({(cell.task, cell.length) for cell in cells}))
 
     def mean_density(self) -> float:
-        """Share computed by the policy, mean over the mix's tasks by weight and over the lengths; dense cells count 1."""
+        """Share computed by the policy, mean over the mix's tasks by weight and the lengths; dense cells count 1."""
         total = weight = 0.0
         for name, share in self.weights.items():
             for length in self.lengths:

@@ -1,8 +1,9 @@
 """The sparsest budget of a ladder that is safe: found on some samples, verified on others.
 
-Safety rises along a ladder, so a search by halving needs few of its steps, and it stops asking about a budget as soon as
-the answer is likely. All that the result rests on is the verification: samples that the search has not seen, looked at
-twice, at most four budgets, the error of each look bounded so that all of them together err as rarely as was asked for.
+Safety rises along a ladder, so a search by halving needs few of its steps, and it stops asking about a budget as soon
+as the answer is likely. All that the result rests on is the verification: samples that the search has not seen,
+looked at twice, at most four budgets. The error of each look is bounded so that all together err as rarely as was asked
+for.
 """
 
 from __future__ import annotations
