@@ -76,7 +76,7 @@ def run(options: CalibrateOptions) -> int:
     with Session.open(options, [step for steps in budgets.values() for step in steps], goal.questions) as session:
         weights = weights_of(options, session.tasks)
         total = len(options.lengths) * len(session.tasks) * len(budgets)
-        with _Bars(total, quiet=options.as_json) as bars:
+        with Bars("calibrating", total, quiet=options.as_json) as bars:
             found = calibrate(
                 session.meter,
                 session.tasks,
@@ -204,10 +204,10 @@ def weights_of(options: Asked, tasks: Sequence[Task]) -> dict[str, float]:
     return {task.name: weight for task, weight in zip(tasks, given, strict=True)}
 
 
-class _Bars:
-    """Cells that are done and what is being asked: a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
+class Bars:
+    """What is done and what is being asked: a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
+    def __init__(self, what: str, total: int, quiet: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -215,10 +215,10 @@ class _Bars:
         self._lines = not quiet and not console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, disable=quiet or self._lines, transient=True)
-        self._task = self._bar.add_task("calibrating", total=total)
+        self._task = self._bar.add_task(what, total=total)
         self._contexts = 0
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> Bars:
         self._bar.start()
         return self
 
@@ -229,16 +229,24 @@ class _Bars:
         self._contexts += 1
         self._bar.update(self._task, description=f"{text}, context {self._contexts}")
 
+    def step(self, text: str) -> None:
+        """One context is done, and counts."""
+        self._bar.update(self._task, description=text, advance=1)
+
+    def say(self, line: str) -> None:
+        """A line on stderr, beside the bar."""
+        if self._lines:
+            print(line, file=sys.stderr, flush=True)
+        elif not self._bar.disable:
+            self._bar.console.print(line, markup=False)
+
     def done(self, cell: Cell) -> None:
         from sparsepass.calibrate.words import note, tokens
 
         self._bar.advance(self._task)
         value, below = note(cell)
         line = f"{cell.task} {tokens(cell.length)} {cell.method}: {value} ({below}; {cell.questions} questions)"
-        if self._lines:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(line, markup=False)
+        self.say(line)
 
 
 COMMAND = Command(
