@@ -42,6 +42,8 @@ class LayerMass:
     """Share of the attention mass kept, mean over the rows: 0 to 1."""
     lowest: float
     """The lowest mean of one head in one request."""
+    least: float
+    """The lowest mean of one request: what a floor is held against."""
     heads: tuple[float, ...]
     """Mean of each query head."""
     floor: float | None
@@ -131,6 +133,7 @@ class Monitor:
                 rows=kept.rows,
                 mean=kept.mean,
                 lowest=kept.lowest,
+                least=kept.least,
                 heads=tuple((kept.heads[:, 0] / kept.heads[:, 1]).tolist()),
                 floor=seen.floors.get((used, site, layer)),
             )

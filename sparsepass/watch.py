@@ -53,6 +53,8 @@ class Kept:
     total: float = 0.0
     lowest: float = float("inf")
     """The lowest mean of one head in one request."""
+    least: float = float("inf")
+    """The lowest mean of one request, over its heads and rows: what a floor is held against."""
     heads: Any = None
     """float64 [H, 2] on the CPU: sums and counts of each query head."""
 
@@ -70,6 +72,7 @@ class Kept:
         self.rows += int(counts.sum())
         self.total += float(sums.sum())
         if (used := counts > 0).any():
+            self.least = min(self.least, float(sums.sum() / counts.sum()))
             self.lowest = min(self.lowest, float((sums[used] / counts[used]).min()))
 
 

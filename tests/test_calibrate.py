@@ -119,7 +119,7 @@ def test_a_model_that_cannot_do_the_task() -> None:
 
 
 def test_tasks_that_no_question_can_decide_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"cannot show a loss of 1.00%.*at least 38"):
+    with pytest.raises(OptionError, match=r"cannot show a loss of 1.00%.*at least 41"):
         check_goal(Goal(loss=0.01, verify=10))
     with pytest.raises(OptionError, match="--loss is 0"):
         check_goal(Goal(loss=0.0))

@@ -137,6 +137,7 @@ def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     files = {name: str(tmp_path / name) for name in ("p.json", "r.html", "l.jsonl")}
     arguments = ["calibrate", "--lengths", "512", "--loss", "0.3", "--questions", "8", "--verify", "8"]
     arguments += ["--methods", "pooled_topk=0.4,0.7", "--out", files["p.json"], "--report", files["r.html"]]
+    arguments += ["--floors", "2"]
     result = CliRunner().invoke(app, [*arguments, "--log", files["l.jsonl"], "--json"])
     assert result.exit_code in (0, 1), result.output
     said = json.loads(result.stdout)
@@ -144,6 +145,8 @@ def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert said["cells"][0]["task"] == "echo"
     policy = Policy.load(files["p.json"])
     assert (policy.name, policy.calibrated) == ("calibrated", fingerprint(llama))
+    floors = [policy.floor(TaskClass.SINGLE_QA, policy.bucket(512), layer) for layer in (0, 1)]
+    assert all(floor is not None and 0 < floor < 1 for floor in floors) == bool(policy.rules)
     assert meters[0].lookups > meters[0].runs  # the dense answers of a context are used for every budget
     assert "which budgets are safe" in Path(files["r.html"]).read_text()
     again = CliRunner().invoke(app, [*arguments, "--log", files["l.jsonl"]])

@@ -110,6 +110,11 @@ class Paired:
         return self.right / self.questions if self.questions else 0.0
 
     @property
+    def least_trials(self) -> float:
+        """Questions that dense got right, as many as they count for if their contexts show no more likeness."""
+        return self.right / design_effect(self.questions / self.contexts) if self.contexts else 0.0
+
+    @property
     def loss(self) -> float:
         """Share of the dense accuracy that is lost; under 0 where sparse does better."""
         return (self.lost - self.gained) / self.right if self.right else 0.0
@@ -143,7 +148,11 @@ def design_effect(per_context: float, correlation: float = LEAST_CORRELATION) ->
     return 1.0 + max(0.0, per_context - 1.0) * correlation
 
 
+def trials_needed(loss: float, error: float) -> float:
+    """Independent questions, right densely, that show a loss of at most ``loss`` if none is lost."""
+    return math.log(LOST_SHARE * error) / math.log1p(-loss)
+
+
 def questions_needed(loss: float, error: float, per_context: int, accuracy: float = 1.0) -> int:
     """Questions that show a loss of at most ``loss`` if none is lost: fewer can show nothing."""
-    trials = math.log(LOST_SHARE * error) / math.log1p(-loss)
-    return math.ceil(trials * design_effect(per_context) / accuracy)
+    return math.ceil(trials_needed(loss, error) * design_effect(per_context) / accuracy)

@@ -53,6 +53,7 @@ class CalibrateOptions(Asked):
     questions: int = option(16, "Asked about each context.", _SAFE)
     search: int = option(8, "Contexts per budget in the search, at most.", _SAFE)
     verify: int = option(64, "Held-out contexts per budget that is verified, at most.", _SAFE)
+    floors: int = option(0, "Contexts per task and length whose kept attention mass gives the policy floors.", _SAFE)
     time_limit: float = option(0.0, "Seconds after which no further cell is begun; 0: none.", _RUN)
     name: str = option("calibrated", "Of the policy.", _OUTPUT)
     out: Path | None = option(None, "Policy file.", _OUTPUT)
@@ -89,9 +90,16 @@ def run(options: CalibrateOptions) -> int:
                 done=bars.done,
                 tick=bars.tick,
             )
+        policy = found.policy(options.name)
+        if options.floors:
+            from sparsepass.calibrate.floors import measure_floors
+
+            policy = found.policy(
+                options.name, measure_floors(session.meter, session.tasks, found, policy, options.floors)
+            )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        found.policy(options.name).save(options.out)
+        policy.save(options.out)
     if options.report is not None:
         from sparsepass.calibrate.report import write_html
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ Scorer = Callable[..., Sequence[float]]
 
 class MeasureError(SparsepassError, RuntimeError):
     """A model whose attention cannot be calibrated; the message says why."""
+
+
+def distinct(sample: Sample) -> Sample:
+    """The sample with each question once: a context may have fewer than were asked for, and one asked again tells
+    nothing new."""
+    return replace(sample, questions=tuple(dict.fromkeys(sample.questions)))
 
 
 class ModelMeter:
@@ -55,11 +62,10 @@ class ModelMeter:
 
     def _measure(self, task: str, length: int, seed: int, budget: Budget | None) -> Outcome:
         self.runs += 1
-        sample = self._drawn(task, length, seed)
         self.switch.active = budget
         before = counters.total()
         with torch.no_grad():
-            scores = self._score(self.model, sample, task_hint=TaskClass.UNKNOWN)
+            scores = self.score(self._tasks[task], length, seed, TaskClass.UNKNOWN)
         ran = counters.total() - before
         if budget is not None and not ran.launches:
             raise MeasureError(
@@ -69,9 +75,13 @@ class ModelMeter:
         density = 1.0 if budget is None or ran.density is None else min(1.0, ran.density)
         return Outcome(tuple(float(score) for score in scores), density)
 
+    def score(self, task: Task, length: int, seed: int, hint: TaskClass) -> Sequence[float]:
+        """The scores of a sample under whatever the model is compiled with and a hint; not remembered."""
+        return self._score(self.model, self._drawn(task.name, length, seed), task_hint=hint)
+
     def _drawn(self, task: str, length: int, seed: int) -> Sample:
         """The sample; the last one is kept, as several budgets answer it one after the other."""
         key = (task, length, seed)
         if self._sample is None or self._sample[0] != key:
-            self._sample = (key, self._tasks[task].draw(length, seed, self._questions))
+            self._sample = (key, distinct(self._tasks[task].draw(length, seed, self._questions)))
         return self._sample[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from sparsepass.calibrate.cell import Cell, Goal, Status
 from sparsepass.calibrate.ladder import with_density
 from sparsepass.policy import Policy
-from sparsepass.policy_rules import Rule
+from sparsepass.policy_rules import Ranges, Rule
 from sparsepass.types import Budget, TaskClass
+
+Floors = Mapping[tuple[TaskClass, int], Mapping[int, float]]
+"""By class and measured length: the least share of the attention mass that each layer has to keep."""
 
 CLASSES = tuple(task for task in TaskClass if task not in (TaskClass.DENSE, TaskClass.UNKNOWN))
 
@@ -84,11 +88,12 @@ class Calibration:
                     weight += share
         return total / weight if weight else 1.0
 
-    def policy(self, name: str, floors: Mapping[tuple[TaskClass, int], float] | None = None) -> Policy:
+    def policy(self, name: str, floors: Floors | None = None) -> Policy:
         """Rules per class and length. A class without a hint gets what is safe for every class that was measured.
 
         At a measured length its own budget holds; between two of them the denser of both, if both have one. Other
-        lengths, and what was not shown to be safe, stay dense.
+        lengths, and what was not shown to be safe, stay dense. ``floors``: what each layer has to keep under a monitor;
+        of a stretch the lowest of its measured lengths holds.
         """
         rules: list[Rule] = []
         for task in (*self.classes, TaskClass.UNKNOWN):
@@ -96,11 +101,14 @@ class Calibration:
                 continue  # a class that was not measured may be the request's
             of = [one for one in self.classes if one is not TaskClass.UNKNOWN] if task is TaskClass.UNKNOWN else [task]
             found = [(length, self.safe(of, length)) for length in self.lengths]
-            for low, high, safe, length in _spans(found):
-                floor = (floors or {}).get((task, length))
-                if safe.budget is not None:
-                    budget = with_density(safe.budget, safe.density)
-                    rules.append(Rule(task, budget, above=low - 1, up_to=high, floor=floor))
+            for low, high, safe in _spans(found):
+                if safe.budget is None:
+                    continue
+                budget = with_density(safe.budget, safe.density)
+                rules.append(Rule(task, budget, above=low - 1, up_to=high))
+                inside = [length for length in self.lengths if low <= length <= high + 1]
+                for layers, floor in _by_floor([(floors or {}).get((task, length), {}) for length in inside]):
+                    rules.append(Rule(task, budget, low - 1, high, layers=layers, floor=floor))
         return Policy(name, tuple(rules), description=self._description(), calibrated=dict(self.about) or None)
 
     def _description(self) -> str:
@@ -134,20 +142,30 @@ def _dial_density(budget: Budget) -> float:
     return float(budget.params.get("density", 0.0))
 
 
-def _spans(found: Sequence[tuple[int, Safe]]) -> list[tuple[int, int, Safe, int]]:
-    """(first length, last length, budget, a measured length) of each stretch that has a budget."""
-    spans: list[tuple[int, int, Safe, int]] = []
+def _spans(found: Sequence[tuple[int, Safe]]) -> list[tuple[int, int, Safe]]:
+    """(first length, last length, budget) of each stretch that has a budget."""
+    spans: list[tuple[int, int, Safe]] = []
     for (length, safe), after in zip(found, [*found[1:], None], strict=True):
-        spans.append((length, length, safe, length))
+        spans.append((length, length, safe))
         if after is not None and after[0] > length + 1:
             between = DENSE if None in (safe.budget, after[1].budget) else max(safe, after[1], key=lambda s: s.density)
-            spans.append((length + 1, after[0] - 1, between, length if between is safe else after[0]))
-    merged: list[tuple[int, int, Safe, int]] = []
-    for span in spans:
-        if span[2].budget is None:
+            spans.append((length + 1, after[0] - 1, between))
+    merged: list[tuple[int, int, Safe]] = []
+    for low, high, safe in spans:
+        if safe.budget is None:
             continue
-        if merged and merged[-1][2].budget == span[2].budget and merged[-1][1] + 1 == span[0]:
-            merged[-1] = (merged[-1][0], span[1], max(merged[-1][2], span[2], key=lambda s: s.density), merged[-1][3])
+        if merged and merged[-1][2].budget == safe.budget and merged[-1][1] + 1 == low:
+            merged[-1] = (merged[-1][0], high, max(merged[-1][2], safe, key=lambda s: s.density))
         else:
-            merged.append(span)
+            merged.append((low, high, safe))
     return merged
+
+
+def _by_floor(found: Sequence[Mapping[int, float]]) -> list[tuple[Ranges, float]]:
+    """Layers that share a floor, rounded down to hundredths; of several lengths the lowest floor of a layer holds."""
+    layers: dict[float, list[int]] = {}
+    for layer in sorted(set().union(*found)):
+        least = min(floors[layer] for floors in found if layer in floors)
+        if (floor := math.floor(least * 100) / 100) > 0:
+            layers.setdefault(floor, []).append(layer)
+    return [(Ranges(tuple((layer, layer) for layer in held)), floor) for floor, held in sorted(layers.items())]

@@ -1,18 +1,17 @@
 """The sparsest budget of a ladder that is safe: found on some samples, verified on others.
 
 Safety rises along a ladder, so a search by halving needs few of its steps, and it stops asking about a budget as soon
-as the answer is likely. All that the result rests on is the verification: samples that the search has not seen,
-looked at twice, at most four budgets. The error of each look is bounded so that all together err as rarely as was asked
+as the answer is likely. All that the result rests on is the verification: samples that the search has not seen, looked
+at three times, at most four budgets. The error of each look is bounded so that all together err as rarely as was asked
 for.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from sparsepass.calibrate.bounds import Paired, questions_needed
+from sparsepass.calibrate.bounds import Paired, trials_needed
 from sparsepass.calibrate.cell import Cell, Goal, Meter, Status, Trial
 from sparsepass.tasks.base import Task
 from sparsepass.types import Budget
@@ -23,8 +22,9 @@ LIKELY = 0.2
 ATTEMPTS = 4
 """Budgets that are verified at most; the k-th gets 1 / 2^k of the error, the last what is left."""
 
-LOOKS = 2
-"""Times that a verification looks at its samples: after those that suffice if nothing is lost, and after all."""
+LOOKS = 3
+"""Times that a verification looks at its samples: after as many as suffice if nothing is lost, three times as many, and
+all. When is told from what dense gets right, never from what is lost."""
 
 HELD_OUT = 1 << 32
 """Seeds of held-out samples begin here, those of the search at 0."""
@@ -103,12 +103,15 @@ class Search:
         for attempt in range(ATTEMPTS):
             share = error / 2 ** min(attempt + 1, ATTEMPTS - 1)
             paired, densities = Paired(), 0.0
-            looks = self._looks(share / LOOKS)
+            needed = trials_needed(self.goal.loss, share / LOOKS)
             passed = doomed = False
-            for seed in range(looks[-1]):
+            looked = 0
+            for seed in range(self.goal.verify):
                 densities += self._add(paired, HELD_OUT + seed, self.budgets[place])
-                if seed + 1 in looks and paired.upper(share / LOOKS) <= self.goal.loss:
-                    passed = True
+                due = paired.least_trials >= needed * 3**looked if looked < LOOKS - 1 else False
+                if due or seed + 1 == self.goal.verify:
+                    looked += 1
+                    passed = paired.upper(share / LOOKS) <= self.goal.loss
                 doomed = paired.lower(share) > self.goal.loss
                 if passed or doomed:
                     break
@@ -120,12 +123,6 @@ class Search:
             place += 1
         last = place == len(self.budgets) - 1
         return self._cell(Status.UNSAFE if doomed and last else Status.UNSHOWN, paired.accuracy)
-
-    def _looks(self, error: float) -> tuple[int, ...]:
-        """After how many contexts a verification looks."""
-        needed = questions_needed(self.goal.loss, error, self.goal.questions)
-        first = min(self.goal.verify, math.ceil(needed / self.goal.questions) + 1)
-        return tuple(sorted({first, self.goal.verify}))
 
     def _add(self, paired: Paired, seed: int, budget: Budget) -> float:
         dense = self._scores(seed, None)
