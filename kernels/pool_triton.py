@@ -203,7 +203,7 @@ def average_launch(
 def allowed_launches(
     q_segments: Tensor | None, kv_segments: Tensor, band: dict[str, int], q_block: int, kv_block: int
 ) -> tuple[list[Launch], Tensor]:
-    """Launches that find the blocks with any visible pair under segments, and their result int8 [B, nq, nkv].
+    """Launches that find the blocks with any visible pair under segments, and their result int8 [B, 1, nq, nkv].
 
     ``band``: q_len, kv_len, left, right (``launch.side``) and offset.
     """
@@ -215,7 +215,7 @@ def allowed_launches(
         launch, q_ranges = segment_range_launch(q_segments, q_block)
         launches.append(launch)
     batch = kv_segments.shape[0]
-    allowed = torch.empty(batch, rows, blocks, dtype=torch.int8, device=kv_segments.device)
+    allowed = torch.empty(batch, 1, rows, blocks, dtype=torch.int8, device=kv_segments.device)
     seen_q = kv_segments if q_segments is None else q_segments
     arguments: dict[str, Any] = {
         "q_segments_ptr": seen_q,

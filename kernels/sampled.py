@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.dispatch import Visible
+from sparsepass.kernels.dispatch import Scores, Visible
+from sparsepass.kernels.scores import hidden_at_most
 
 STEP = 40503
 """Of a 16-bit Weyl sequence: it moves each sampled row inside its stretch, off the edges of blocks."""
@@ -33,9 +34,9 @@ def sampled_rows(q_len: int, count: int, device: torch.device) -> Tensor:
 
 
 def exact_lse(
-    query: Tensor, key: Tensor, rows: Tensor, *, scale: float, visible: Visible, scores: Any = None
+    query: Tensor, key: Tensor, rows: Tensor, *, scale: float, visible: Visible, scores: Scores | None = None
 ) -> Tensor:
-    """Log-sum-exp of all visible scores of some rows, [B, H, R]: float64 for float64 inputs, else float32.
+    """Log-sum-exp of all visible scores of some rows, without a sink, [B, H, R]: float64 for float64, else float32.
 
     query [B, H, Sq, D] and key [B, Hkv, Skv, D] of one floating type; ``rows`` int64 [R] on their device. ``scores``:
     what happens to the scores before the softmax (``dispatch.Scores``), or None. A row that sees nothing gives -inf.
@@ -57,27 +58,33 @@ def exact_lse(
             found = _with_terms(found, scores, rows, visible.offset, start, stop)
         hidden = _hidden(visible, rows, start, stop, query.device)
         parts.append(found.masked_fill(hidden, -torch.inf).logsumexp(3))
-    lse = torch.stack(parts).logsumexp(0)
-    sinks = None if scores is None else scores.sinks
-    return lse if sinks is None else torch.logaddexp(lse, sinks.to(wide)[:, None])
+    return torch.stack(parts).logsumexp(0)
 
 
 def kept_mass(
-    query: Tensor, key: Tensor, lse: Tensor, *, count: int, scale: float, visible: Visible, scores: Any = None
+    query: Tensor, key: Tensor, lse: Tensor, *, count: int, scale: float, visible: Visible, scores: Scores | None = None
 ) -> Tensor:
     """Share of the attention mass kept in ``count`` sampled rows, float32 [B, H, count], NaN where a row sees nothing.
 
     ``lse`` float32 [B, H, Sq]: what ``block_sparse_attention`` returned for this query and key. Otherwise as
     ``exact_lse``.
     """
+    scores = None if scores is None or not scores.given else scores
     if query.device.type == "cuda" and scores is None and query.dtype != torch.float64:
         from sparsepass.kernels.sampled_triton import kept_mass_cuda
 
-        return kept_mass_cuda(query, key, lse, count=count, scale=scale, **visible.arguments())
+        return kept_mass_cuda(query, key, lse, count=count, scale=scale, **_band(visible))
     rows = sampled_rows(query.shape[2], count, query.device)
     exact = exact_lse(query, key, rows, scale=scale, visible=visible, scores=scores)
-    kept = (lse.index_select(2, rows).to(exact.dtype) - exact).exp().clamp(max=1.0)  # rounding may pass 1
+    sinks = None if scores is None else scores.sinks
+    whole = exact if sinks is None else torch.logaddexp(exact, sinks.to(exact.dtype)[:, None])
+    kept = (lse.index_select(2, rows).to(exact.dtype) - whole).exp().clamp(max=1.0)  # rounding may pass 1
     return torch.where(exact == -torch.inf, torch.nan, kept).float()
+
+
+def _band(visible: Visible) -> dict[str, Any]:
+    names = ("left", "right", "offset", "q_segments", "kv_segments")
+    return {name: getattr(visible, name) for name in names}
 
 
 def _hidden(visible: Visible, rows: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
@@ -98,7 +105,7 @@ def _hidden(visible: Visible, rows: Tensor, start: int, stop: int, device: torch
     return ~seen[:, None]
 
 
-def _with_terms(found: Tensor, scores: Any, rows: Tensor, offset: int, start: int, stop: int) -> Tensor:
+def _with_terms(found: Tensor, scores: Scores, rows: Tensor, offset: int, start: int, stop: int) -> Tensor:
     """Scores [B, H, R, keys] after soft capping, slopes, bias and mask, in that order."""
     if scores.softcap is not None:
         found = torch.tanh(found / scores.softcap) * scores.softcap
@@ -106,7 +113,9 @@ def _with_terms(found: Tensor, scores: Any, rows: Tensor, offset: int, start: in
         distance = torch.arange(start, stop, device=rows.device) - (rows + offset)[:, None]
         found = found + scores.slopes.to(found.dtype)[..., None, None] * distance
     if scores.bias is not None:
-        found = found + _part(scores.bias, rows, start, stop).to(found.dtype)
+        bias = _part(scores.bias, rows, start, stop)
+        hidden = bias <= hidden_at_most(bias.dtype)
+        found = (found + bias.to(found.dtype)).masked_fill(hidden, -torch.inf)
     if scores.mask is not None:
         found = found.masked_fill(~_part(scores.mask, rows, start, stop), -torch.inf)
     return found

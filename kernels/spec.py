@@ -36,7 +36,7 @@ class KernelSpec:
 CUDA = KernelSpec(
     device_type="cuda",
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
-    head_dims=(16, 256),
+    head_dims=(1, 576),
     tuned_head_dims=(64, 80, 96, 128, 256),
     capabilities=((8, 0), (9, 0), (10, 0)),
     max_kv_blocks=8192,
@@ -88,9 +88,17 @@ FLOAT_TILES = {
 """The same for float32."""
 
 
-def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> AttendTile:
-    """The tile for a dtype and head size (the greater of D and Dv) on a CUDA target; 10 stands for what is newer."""
-    size = next(n for n in (64, 128, 256) if head_dim <= n)
+def attend_tile(
+    dtype: torch.dtype, head_dim: int, capability: Capability, *, v_head_dim: int | None = None, tensors: bool = False
+) -> AttendTile:
+    """The tile for a dtype and head size on a CUDA target; 10 stands for what is newer.
+
+    ``v_head_dim``: that of the values where it differs; ``tensors``: with a mask tensor or a bias.
+    """
+    head_dim = max(head_dim, v_head_dim or 0)
+    size = next(n for n in (64, 128, 256, 576) if head_dim <= n)
+    if size == 576:
+        return AttendTile(16, 16, 8, 1, 16, 1, dim_step=64, precision="ieee")
     major = min(capability[0], 10)
     if dtype == torch.float32:
         if 64 < head_dim < 128:  # padded sizes: three tf32 products came out at 2.03 times dense attention's error

@@ -17,6 +17,7 @@ from sparsepass import options as options_module
 from sparsepass.canon import value
 from sparsepass.fingerprint import warn_of_sites
 from sparsepass.hints import hint_words
+from sparsepass.inline import written_out
 from sparsepass.ops import prepare
 from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
 from sparsepass.rewrite import Rewriter
@@ -51,12 +52,15 @@ def backend(
         log.info("%s is set: compiling with plain Inductor", options_module.DISABLE_VARIABLE)
         return dynamo.inductor(gm, example_inputs, patches)
 
+    gm, captured = written_out(gm), gm
     findings = find_sites(gm.graph)
     findings = replace(findings, refused=findings.refused + find_nested(gm))
     warn_of_sites(settings.policy, [found.site for found in findings.prefill])
     plan = plan_graph(findings, settings)
     rewritten, slot, inputs, sites = _rewrite(gm, findings, plan)
     watched = watched_graph(sites, findings, plan, settings) if sites else None
+    if rewritten is gm:
+        rewritten = captured
     examples = [*example_inputs, *inputs.examples]
     compiled = dynamo.inductor(rewritten, examples, patches) if use_inductor else rewritten.forward
     hint_guard = None if plan.registry_key is None else dynamo.install_plan_guard(plan.registry_key)

@@ -17,6 +17,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "types errors",
         # Facts about the outside world, and plain tools.
         "kernels counters dynamo environment jsonable drawgraph canon mask_ir rowinputs watch",
+        "made",
         "hints methods crossover_table match drawlayout mask_values mask_mutation models",
         "patterns ops crossover policy_rules draw mask_read mix tasks",
         "testbed policy functional mask_views mask_segments report",
@@ -25,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sites fingerprint",
         "entries",
         "ranges options verify",
-        "plan rewrite",
+        "plan rewrite inline",
         "watchplan record",
         "pipeline",
         "decorator inspection warmup monitor",
@@ -48,7 +49,7 @@ UPWARD_WHEN_RUN = {
 }
 """Imports inside a function that point up, each for a reason; everything else points down there too."""
 
-MUTATES_GRAPHS = {"sparsepass.rewrite"}
+MUTATES_GRAPHS = {"sparsepass.rewrite", "sparsepass.inline"}
 GRAPH_EDITS = {
     "call_function",
     "call_method",

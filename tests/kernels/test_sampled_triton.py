@@ -36,12 +36,13 @@ if GPU:
 def test_kept_mass(case: Case, count: int) -> None:
     inputs = case.tensors(DEVICE)
     q, k, mask = inputs.q, inputs.k, inputs.mask
-    visible = Visible(*(mask[name] for name in ("left", "right", "offset", "q_segments", "kv_segments")))
+    band = {name: mask[name] for name in ("left", "right", "offset", "q_segments", "kv_segments")}
+    visible = Visible(**band)
     lists = BlockLists(inputs.kv_num_blocks, inputs.kv_indices, mask["q_block"], mask["kv_block"])
     _, lse = block_sparse_attention(q, k, inputs.v, lists, scale=mask["scale"], visible=visible, return_lse=True)
     assert lse is not None
     with poisoned_empty():
-        launches, kept = sampled_launches(q, k, lse, count=count, scale=mask["scale"], **visible.arguments())
+        launches, kept = sampled_launches(q, k, lse, count=count, scale=mask["scale"], **band)
         run_all(launches, q.device)
     listed = listed_blocks(inputs.kv_num_blocks, inputs.kv_indices, -(-k.shape[2] // mask["kv_block"]))
     wanted = kept_reference(q, k, listed, mask, rows_of(q.shape[2], count))
