@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import sparsepass
 from sparsepass import dynamo
 from sparsepass.errors import OptionError, PolicyError
-from sparsepass.kernels.dispatch import Visible
+from sparsepass.kernels.dispatch import Scores, Visible, visible_blocks
 from sparsepass.kernels.reference import listed_blocks
 from sparsepass.methods import PooledTopK
 from sparsepass.options import INDUCTOR
@@ -302,3 +302,54 @@ def test_under_cuda_graphs() -> None:
         with sparsepass.monitor() as m:
             fn(keys, keys, even[2])
         assert low < 0.5 < 0.9 < m.report().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mask", "bias", "softcap", "sinks", "slopes"])
+def test_figures_with_score_terms(kind: str) -> None:
+    """What is asked of the scores before the softmax is asked of the exact rows too."""
+    q, k, v = diffuse(batch=2)
+    terms: dict[str, Any] = {}
+    if kind == "mask":
+        terms["mask"] = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.6
+    elif kind == "bias":
+        bias = torch.randn(1, 4, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))
+        terms["bias"] = torch.where(bias < -1, torch.finfo(torch.float32).min, bias)
+    elif kind == "softcap":
+        q, terms["softcap"] = q * 300, 2.0
+    elif kind == "sinks":
+        terms["sinks"] = torch.tensor([0.0, 3.0, 6.0, -2.0])
+    else:
+        terms["slopes"] = torch.tensor([0.001, 0.01, 0.1, 1.0])
+    names = ("softcap", "slopes", "bias", "mask", "sinks")
+    given = [terms.get(name, 0.0 if name == "softcap" else None) for name in names]
+    text = PooledTopK(0.45, BLOCK).text()
+    _, kept = torch.ops.sparsepass.watched_attention(
+        q, k, v, None, None, 0.25, -1, 0, False, text, 0, None, *given, sampled=32
+    )
+    scores = Scores(**terms)
+    visible = Visible(right=0)
+    if scores.hides:
+        blocks = visible_blocks(q, k, scores, visible, q_block=BLOCK, kv_block=BLOCK)
+        visible = Visible(right=0, blocks=blocks)
+    lists = PooledTopK(0.45, BLOCK).select(q, k, scale=0.25, visible=visible, counter=None)
+    named = listed_blocks(lists.kv_num_blocks, lists.kv_indices, LENGTH // BLOCK)
+    pairs = named.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
+    place = torch.arange(LENGTH)
+    found = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) * 0.25
+    if kind == "softcap":
+        found = 2.0 * (found / 2.0).tanh()
+    if kind == "slopes":
+        found = found + terms["slopes"].double()[:, None, None] * (place[None] - place[:, None])
+    if kind == "bias":
+        found = (found + terms["bias"]).masked_fill(terms["bias"] < -1e30, -torch.inf)
+    found = found.masked_fill(place[None] > place[:, None], -torch.inf)
+    if kind == "mask":
+        found = found.masked_fill(~terms["mask"], -torch.inf)
+    sink = terms.get("sinks", torch.full((4,), -torch.inf)).double()[None, :, None, None].expand(2, -1, LENGTH, 1)
+    weights = torch.cat([found, sink], 3).softmax(3)
+    share = torch.where(pairs, weights[..., :-1], 0.0).sum(3) + weights[..., -1]
+    wanted = share[:, :, rows_of(LENGTH, 32)]
+    torch.testing.assert_close(kept.double(), wanted, atol=1e-4, rtol=0.0, equal_nan=True)
+    assert 0.05 < wanted.nanmean() < 0.99
+    assert wanted.isnan().sum() <= 8  # rows whose one visible key is hidden
