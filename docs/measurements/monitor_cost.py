@@ -3,8 +3,8 @@
     PYTHONPATH=. python docs/measurements/monitor_cost.py --out docs/measurements/monitor_cost_h200.json
 
 One batch item, 32 query heads, 8 KV heads, head size 128, bf16 on CUDA; 8, 2 and 64 in fp32 on the CPU. Milliseconds,
-medians in shuffled order, selection included. Each length is first checked: the kept mass against that from dense scores
-of the sampled rows in float32, in torch operations.
+medians in shuffled order, selection included. Each length is first checked: the kept mass against that of torch
+operations in float32.
 """
 
 from __future__ import annotations
