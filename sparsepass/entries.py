@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsepass import watch
 from sparsepass.canon import value
 from sparsepass.crossover import Verdict, full_wins, sparse_wins
 from sparsepass.hints import current_hint
@@ -43,8 +44,13 @@ class Settings:
     always_sparse: bool = False
     """Ignore the measured crossover: every site with a budget under dense goes through the sparse kernel."""
 
-    def wanted(self) -> TaskClass | Rows:
+    def given(self) -> TaskClass | Rows:
+        """The hint in force, as given."""
         return current_hint() or self.task or TaskClass.UNKNOWN
+
+    def wanted(self) -> TaskClass | Rows:
+        """The class, or each row's, whose budgets hold now: the hint's, unless a monitor raised it."""
+        return watch.in_force(self.given())
 
 
 def refusal(found: FoundSite) -> Skip | None:

@@ -22,9 +22,9 @@ from sparsepass.hints import parse_hint_text
 from sparsepass.mask import MaskTerms, is_bool
 from sparsepass.mask_mutation import mutated_nodes
 from sparsepass.match import Attention, Term, same_size, shape
-from sparsepass.ops import SPARSE_ATTENTION, default_scale
+from sparsepass.ops import SPARSE_ATTENTION, WATCHED_ATTENTION, default_scale
 from sparsepass.sites import FoundSite
-from sparsepass.types import Align, PlanEntry, Rows
+from sparsepass.types import EXACT, Align, PlanEntry, Rows
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Rewriter:
     nodes: dict[fx.Node, fx.Node]
     """From the nodes that the findings speak of to the nodes of this graph."""
     slot: int
+    sampled: int = 0
+    """Query rows whose kept attention mass is measured at each sparse site; 0: nothing is measured."""
+    masses: dict[int, fx.Node] = field(default_factory=dict)
+    """What those rows kept, by the site's index: further outputs of the graph."""
     replaced: dict[str, fx.Node] = field(default_factory=dict)
     """New node by the site's name."""
     rows: dict[RowsInput, fx.Node] = field(default_factory=dict)
@@ -74,6 +78,9 @@ class Rewriter:
             self.graph.erase_node(old)
             self.nodes[found.attention.output] = new  # a later site may read it
             self.replaced[found.site.name] = new
+        if self.masses:
+            output = next(iter(reversed(self.graph.nodes)))
+            output.args = ((*output.args[0], *self.masses.values()),)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call (of a function, or of a method where ``target`` is a name) and record what it yields."""
@@ -141,7 +148,12 @@ class Rewriter:
             self.slot + found.site.index,
             self._rows_input(found) if by_row(entry.budget) else None,
         )
-        return self._call(SPARSE_ATTENTION, *arguments, **self._scores(found.attention, terms))
+        scores = self._scores(found.attention, terms)
+        if not self.sampled or entry.budget == EXACT:
+            return self._call(SPARSE_ATTENTION, *arguments, **scores)
+        both = self._call(WATCHED_ATTENTION, *arguments, **scores, sampled=self.sampled)
+        self.masses[found.site.index] = self._call(operator.getitem, both, 1)
+        return self._call(operator.getitem, both, 0)
 
     def _scores(self, attention: Attention, terms: MaskTerms) -> dict[str, Any]:
         """What happens to the scores besides the recognized mask, as arguments of the op."""

@@ -27,6 +27,7 @@ SMALL = {
     "own_policy": ["--length", "1100", "--always-sparse"],
     "quickstart": ["--length", "1100", "--always-sparse", "--new-tokens", "2"],
     "serving_hints": ["--length", "1100", "--always-sparse"],
+    "watch_hints": ["--length", "2100", "--always-sparse", "--floor", "0.99"],
 }
 EXPECTED = {
     "decorator": ["function, by its own task:", "class:"],
@@ -49,6 +50,7 @@ EXPECTED = {
     "own_policy": ["at /rules/0/budget", "Did you mean 'density'", "1x pooled_topk(density=0.14)"],
     "quickstart": ["2 sparse (density", "2x pooled_topk(density=0.4)", "2 new tokens"],
     "serving_hints": ["threads: 6 requests", "asyncio: 6 requests", "that of its own hint: True"],
+    "watch_hints": ["request 5: logits differ", "After call 1: single_qa runs", "single_qa now runs as: dense"],
 }
 
 
