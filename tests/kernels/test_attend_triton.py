@@ -59,9 +59,11 @@ PLAIN = Case(
 
 def attend(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor | None]:
     """By the plain kernel: ``test_hopper.py`` has the other, and the two differ in rounding."""
-    given = (inputs.q, inputs.k, inputs.v, inputs.kv_num_blocks, inputs.kv_indices)
+    options = {**inputs.mask, "implementation": "triton", **options}
     with poisoned_empty():
-        return block_sparse_attention_cuda(*given, **inputs.mask, implementation="triton", **options)
+        return block_sparse_attention_cuda(
+            inputs.q, inputs.k, inputs.v, inputs.kv_num_blocks, inputs.kv_indices, **options
+        )
 
 
 @settings(max_examples=EXAMPLES)
