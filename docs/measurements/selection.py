@@ -49,9 +49,7 @@ METHODS: dict[str, Method] = {
 TILES = (
     *(MassTile(128, 8, stages) for stages in (1, 2, 3)),
     *(MassTile(64, warps, stages) for warps in (4, 8) for stages in (1, 2, 3)),
-    *(MassTile(64, 4, stages, registers) for registers in (128, 168) for stages in (2, 3)),
-    MassTile(128, 8, 2, 128),
-    MassTile(128, 4, 2),
+    *(MassTile(32, 4, stages) for stages in (2, 3)),
 )
 
 
