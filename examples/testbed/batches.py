@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,16 @@ PARTS = (
     "multi_hop links 3",
     "aggregation",
 )
-"""What is supervised, each with the same weight in the loss: answers, and for two tasks what leads to them."""
+"""What is supervised, each with a weight in the loss: answers, and for two tasks what leads to them."""
+
+
+def rows_of(rows: int, shares: Sequence[float]) -> list[int]:
+    """How many of ``rows`` sequences each task has: one at least, the others by ``shares``, earlier tasks first."""
+    counts = [1] * len(shares)
+    while sum(counts) < rows:
+        lacking = [share / (count + 1) for share, count in zip(shares, counts, strict=True)]
+        counts[lacking.index(max(lacking))] += 1
+    return counts
 
 
 @dataclass(frozen=True)
@@ -40,15 +50,16 @@ def question_room(length: int) -> int:
     return max(48, min(256, length // 4))
 
 
-def draw_batches(steps: int, rows: int, length: int, generator: torch.Generator) -> Batches:
-    """``rows`` sequences per step, a multiple of the number of tasks, each task with as many."""
-    count = steps * (rows // len(TOKEN_TASKS))
-    drawn = [_packed(task, count, length, generator) for task in TOKEN_TASKS]
+def draw_batches(
+    steps: int, rows: int, length: int, generator: torch.Generator, shares: Sequence[float] = (1.0,) * len(TOKEN_TASKS)
+) -> Batches:
+    """``rows`` sequences per step, at least one per task and the others by ``shares``."""
+    counts = rows_of(rows, shares)
+    drawn = [_packed(task, steps * each, length, generator) for task, each in zip(TOKEN_TASKS, counts, strict=True)]
     tokens = torch.cat([one[0].view(steps, -1, length) for one in drawn], dim=1)
     places, targets, parts = [], [], []
-    for number, (_, where, target, part) in enumerate(drawn):
-        each = count // steps
-        start = (number * each + torch.arange(each, device=where.device)) * length
+    for number, (each, (_, where, target, part)) in enumerate(zip(counts, drawn, strict=True)):
+        start = (sum(counts[:number]) + torch.arange(each, device=where.device)) * length
         places.append((where.view(steps, each, -1) + start[:, None]).flatten(1))
         targets.append(target.view(steps, -1))
         parts.append(part.repeat(each))

@@ -20,6 +20,8 @@ class Curriculum:
     lengths: tuple[int, ...]
     patience: int
     seed: int
+    mix: tuple[float, ...] = ()
+    """How often each length is drawn, if not by the curriculum: then all are in use from the first step on."""
     level: int = 0
     at_level: int = 0
     """Steps since the longest length joined."""
@@ -27,6 +29,11 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         self.dice.seed(self.seed)
+        self._all_if_mixed()
+
+    def _all_if_mixed(self) -> None:
+        if self.mix:
+            self.level = len(self.lengths) - 1
 
     @property
     def longest(self) -> int:
@@ -35,6 +42,8 @@ class Curriculum:
     def next_length(self) -> int:
         """Half of the steps at the longest length in use, fewer where such a step takes long; the rest evenly."""
         self.at_level += 1
+        if self.mix:
+            return self.dice.choices(self.lengths, self.mix)[0]
         often = 0.5 if self.longest <= 1024 else 0.35 if self.longest <= 4096 else 0.2
         if self.level == 0 or self.dice.random() < often:
             return self.longest
@@ -57,3 +66,4 @@ class Curriculum:
         self.level, self.at_level = min(state["level"], len(self.lengths) - 1), state["at_level"]
         version, internal, gauss = state["dice"]
         self.dice.setstate((version, tuple(internal), gauss))
+        self._all_if_mixed()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from examples.testbed.batches import PARTS, Batches, draw_batches
 from examples.testbed.network import Network, Weights
 from examples.testbed.optimizer import Optimizer
+from sparsepass.tasks.tokens import TOKEN_TASKS
 from sparsepass.tasks.tokens.drawing import IGNORED
 
 
@@ -22,6 +23,7 @@ class Pool:
     rows: int
     steps: int
     generator: torch.Generator
+    shares: tuple[float, ...] = (1.0,) * len(TOKEN_TASKS)
     cursor: int = 0
     drawn: Batches | None = None
     before: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -37,13 +39,16 @@ class Pool:
                 self.before = self.generator.get_state()
             else:  # after a restart: the batches in use then
                 self.generator.set_state(self.before)
-            self.drawn = draw_batches(self.steps, self.rows, self.length, self.generator)
+            self.drawn = draw_batches(self.steps, self.rows, self.length, self.generator, self.shares)
         self.cursor += 1
         return self.drawn, self.cursor - 1
 
 
 class Step:
-    """Steps at one sequence length. ``sums`` float64 [parts, 3] collects scored, right and loss per part."""
+    """Steps at one sequence length. ``sums`` float64 [parts, 3] collects scored, right and loss per part.
+
+    ``weigh`` float32 [parts]: what each part counts in the loss.
+    """
 
     def __init__(
         self,
@@ -53,11 +58,10 @@ class Step:
         pool: Pool,
         sums: torch.Tensor,
         dtype: torch.dtype,
+        weigh: torch.Tensor,
     ) -> None:
-        self.network, self.weights, self.optimizer, self.pool, self.sums, self.dtype = (
-            *(network, weights, optimizer),
-            *(pool, sums, dtype),
-        )
+        self.network, self.weights, self.optimizer = network, weights, optimizer
+        self.pool, self.sums, self.dtype, self.weigh = pool, sums, dtype, weigh
         self.turns = network.positions(pool.rows, pool.length, sums.device)
         self.inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.parts = torch.empty(0)
@@ -85,7 +89,7 @@ class Step:
         zeros = torch.zeros(len(PARTS), device=losses.device)
         counts = zeros.index_add(0, self.parts, scored)
         totals = zeros.index_add(0, self.parts, losses)
-        loss = (totals / counts.clamp(min=1.0)).mean()
+        loss = (totals / counts.clamp(min=1.0)) @ self.weigh
         gradients = torch.autograd.grad(loss, list(self.weights.values()))
         self.optimizer.step(gradients)
         right = zeros.index_add(0, self.parts, (logits.argmax(-1) == targets).float())

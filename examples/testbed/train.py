@@ -37,6 +37,14 @@ BACKENDS = {
 }
 
 
+def part_weight(text: str) -> tuple[int, float]:
+    """``aggregation=2`` as the part's number and its weight."""
+    name, _, weight = text.partition("=")
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"no part {name!r}; accepted are {', '.join(PARTS)}")
+    return PARTS.index(name), float(weight)
+
+
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -48,6 +56,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="of this run; default as many as the minutes allow")
     parser.add_argument("--tokens", type=int, default=32768, help="per step, at least 4 sequences; default %(default)s")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS[:-1], help="the curriculum's")
+    parser.add_argument("--mix", type=float, nargs="+", default=(), help="how often each length, in place of it")
+    parser.add_argument("--shares", type=float, nargs=4, default=(1.0, 1.0, 1.0, 1.0), help="of sequences, per task")
+    parser.add_argument("--weigh", type=part_weight, nargs="+", default=(), help="PART=WEIGHT in the loss; others 1")
     parser.add_argument("--patience", type=int, default=4000, help="steps that a slow task holds the others back")
     parser.add_argument("--every", type=int, default=100, help="steps between looks at accuracy; default %(default)s")
     parser.add_argument("--evaluate", type=float, default=75.0, help="seconds between evaluations; default %(default)s")
@@ -61,7 +72,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--state", choices=("light", "full"), default="light", help="what the checkpoint holds")
     parser.add_argument("--hidden", type=int, default=0, help="another hidden size, for a try on a small machine")
     parser.add_argument("--layers", type=int, default=6, help="with --hidden; default %(default)s")
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if options.mix and len(options.mix) != len(options.lengths):
+        parser.error(f"--mix has {len(options.mix)} numbers for {len(options.lengths)} --lengths; give one for each")
+    return options
 
 
 class Run:
@@ -77,7 +91,7 @@ class Run:
             size = TestbedSize(options.hidden, 2 * options.hidden, options.layers, heads, heads // 2)
         self.plain = self.network = Network(size)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.curriculum = Curriculum(tuple(options.lengths), options.patience, options.seed)
+        self.curriculum = Curriculum(tuple(options.lengths), options.patience, options.seed, tuple(options.mix))
         self.steps, self.seconds_before = 0, 0.0
         weights = new_weights(size, torch.Generator().manual_seed(options.seed))
         state: dict[str, torch.Tensor] = {}
@@ -89,6 +103,10 @@ class Run:
         self.optimizer = Optimizer(self.weights, options.optimizer)
         self.pools = {length: self._pool(length) for length in options.lengths}
         self.sums = torch.zeros(len(options.lengths), len(PARTS), 3, dtype=torch.float64, device=self.device)
+        weigh = torch.ones(len(PARTS))
+        for part, weight in options.weigh:
+            weigh[part] = weight
+        self.weigh = (weigh / weigh.sum()).to(self.device)
         self.stepping: dict[int, Step] = {}
         self.memory: Any = None  # that CUDA graphs share
         self.warm_from = 0
@@ -102,7 +120,8 @@ class Run:
         rows = max(4, self.options.tokens // length // 4 * 4)
         ahead = max(4, min(64, 2**21 // (rows * length))) if self.cuda else 4
         seed = 1000 * (self.options.seed + 1) + length
-        return Pool(length, rows, ahead, torch.Generator(self.device).manual_seed(seed))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return Pool(length, rows, ahead, generator, tuple(self.options.shares))
 
     def _restore(self, state: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         self.steps, self.seconds_before = meta["steps"], meta["seconds"]
@@ -144,7 +163,7 @@ class Run:
         fast = self.cuda and not self.options.eager
         if fast and self.network is self.plain:
             self.network = self.plain.compiled()
-        step = Step(self.network, self.weights, self.optimizer, self.pools[length], sums, self.dtype)
+        step = Step(self.network, self.weights, self.optimizer, self.pools[length], sums, self.dtype, self.weigh)
         self.stepping[length] = step
         if fast and not self.options.no_graph:
             start = time.monotonic()
@@ -193,6 +212,9 @@ class Run:
             print(f"The loss is not finite at step {self.steps}; the last checkpoint in {self.options.out} stays.")
             raise SystemExit(0)
         top = right[self.curriculum.longest]
+        if self.options.mix:
+            share = total[:, 1] / total[:, 0].clamp(min=1)
+            top = {part: round(float(one), 4) for part, one in zip(PARTS, share, strict=True)}
         loud = (self.steps - self.first) // self.options.every % 5 == 0 or self.options.every < 100
         if loud:
             loss = {part: round(float(one), 4) for part, one in zip(PARTS, losses, strict=True)}

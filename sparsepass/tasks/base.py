@@ -13,6 +13,7 @@ from typing import Protocol
 
 from sparsepass.errors import SparsepassError
 from sparsepass.hints import Level
+from sparsepass.tasks.metrics import exact_match
 from sparsepass.types import TaskClass
 
 Metric = Callable[[Sequence[int], Sequence[int]], float]
@@ -42,6 +43,9 @@ class Sample:
     """The context with one question and its answer has at most this many tokens; exactly this many where all of the
     task's questions are equally long."""
     seed: int
+    metric: Metric = exact_match
+    gap: tuple[int, ...] = ()
+    """Tokens that say nothing, to stand between questions in one sequence; none if they may not share one."""
 
 
 class Task(Protocol):

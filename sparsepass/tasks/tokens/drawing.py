@@ -6,6 +6,7 @@ distribution.
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from sparsepass.types import TaskClass
 
 SHORTEST = 96
 """Tokens; below that the contexts have no room for their statements."""
+
+GAP = 256
+"""Tokens of filler that a sample brings along for between its questions."""
 
 IGNORED = -100
 """A target that is not scored (``ignore_index`` of PyTorch's cross entropy)."""
@@ -85,17 +89,17 @@ class TokenTask(ABC):
                 f"{self.name}: {questions} questions at {length} tokens; accepted are 1 or more questions and "
                 f"{SHORTEST} tokens or more."
             )
-        random = Random(generator)
+        dice = Random(generator)
         items = self.items(length)
         context = length - self.prompt_size - self.answer_size if context is None else context
         kept = torch.full((count,), items, device=generator.device)
         if easier:
             fewest = min(items, max(4, items // 4))
-            kept = fewest + random.integers(items - fewest + 1, count)
+            kept = fewest + dice.integers(items - fewest + 1, count)
         template = torch.full((count,), self.template, device=generator.device)
         if mixed_templates:
-            template = random.integers(TEMPLATES, count)
-        return self.fill(context, items, questions, kept, template, random)
+            template = dice.integers(TEMPLATES, count)
+        return self.fill(context, items, questions, kept, template, dice)
 
     def draw(self, length: int, seed: int, questions: int = 1) -> Sample:
         """The sample of this length and seed; each question's context, prompt and answer have ``length`` tokens."""
@@ -108,6 +112,8 @@ class TokenTask(ABC):
             task=self.name,
             length=length,
             seed=seed,
+            metric=self.metric,
+            gap=tuple(random.Random(seed).choices(FILLER, k=GAP)),
         )
 
 

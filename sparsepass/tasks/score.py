@@ -1,0 +1,156 @@
+"""Scores of a model on a sample: its questions answered under a task hint.
+
+What is sparse is the prefill. Three ways to answer, by how much they share and how near they are to a request:
+
+- ``generate``: each question alone behind the context is prefilled, and the answer generated greedily; decoding is
+  dense. What a user's request does.
+- ``forced``: each question alone with its right answer behind it, in one prefill. An answer's token is the most likely
+  one after the right ones before it, so the whole answer is right exactly where greedy generation gives it, if the
+  answer's tokens were sparse too.
+- ``packed``: as ``forced``, with several questions behind one context, each in a query block of its own with filler
+  between them. Selection that works by query block sees each question alone; the work on the context is shared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+
+from sparsepass.hints import Hint, task
+from sparsepass.tasks.base import Metric, Question, Sample, TaskError
+from sparsepass.tasks.metrics import exact_match
+
+Mode = Literal["generate", "forced", "packed"]
+
+ROOM = 0.25
+"""Of a packed sequence, over the sample's length: what questions may add. So it stays in the same length bucket."""
+
+TOKENS_AT_ONCE = {"cpu": 1, "cuda": 2**17}
+"""Tokens of a batch; on the CPU one row at a time, as more would not be faster."""
+
+
+def score(
+    model: Any,
+    sample: Sample,
+    *,
+    task_hint: Hint | None = None,
+    mode: Mode | None = None,
+    metric: Metric | None = None,
+    align: int = 64,
+) -> list[float]:
+    """One score per question, 0.0 to 1.0, in the sample's order, by the sample's metric if none is given.
+
+    ``model``: a causal language model of transformers, or what maps ids [B, S] to logits [B, S, V] (not to
+    ``generate``). It runs as it is compiled, without gradients. ``mode``: ``packed`` by default where
+    answers must match exactly and the sample brings filler, ``generate`` elsewhere. ``align``: the query block in
+    tokens. Raises ``TaskError`` for an unknown mode, or to pack a sample without filler.
+    """
+    measure = metric or sample.metric
+    chosen = mode or ("packed" if sample.gap and measure is exact_match else "generate")
+    answers = answer(model, sample, task_hint=task_hint, mode=chosen, align=align)
+    return [measure(mine, question.answer) for mine, question in zip(answers, sample.questions, strict=True)]
+
+
+def answer(
+    model: Any, sample: Sample, *, task_hint: Hint | None = None, mode: Mode = "generate", align: int = 64
+) -> list[tuple[int, ...]]:
+    """The token ids that the model answers each question with; see ``score``."""
+    if mode not in get_args(Mode):
+        raise TaskError(f"mode={mode!r}; accepted are {', '.join(get_args(Mode))}.")
+    if mode == "packed" and not sample.gap:
+        raise TaskError(f"{sample.task} brings no filler to stand between questions; take mode='forced'.")
+    hinted: AbstractContextManager[Any] = nullcontext() if task_hint is None else task(task_hint)
+    with torch.no_grad(), hinted:
+        if mode == "packed":
+            return list(_packed(model, sample, align))
+        return _rows(model, sample, mode)
+
+
+def _packed(model: Any, sample: Sample, align: int) -> Iterator[tuple[int, ...]]:
+    for group in _groups(sample, align):
+        tokens, places = list(sample.context), []
+        for number, question in enumerate(group):
+            asked = len(question.prompt) + len(question.answer)
+            if number:
+                end = (-(-len(tokens) // align) - (-asked // align)) * align  # whole blocks after those in use
+                tokens += itertools.islice(itertools.cycle(sample.gap), end - asked - len(tokens))
+            tokens += question.prompt
+            places += [len(tokens) - 1 + place for place in range(len(question.answer))]
+            tokens += question.answer
+        best = _best(model, torch.tensor([tokens]), places)[0].tolist()
+        for question in group:
+            yield tuple(best[: len(question.answer)])
+            best = best[len(question.answer) :]
+
+
+def _groups(sample: Sample, align: int) -> Iterator[list[Question]]:
+    """Questions that share a sequence: at least one, and as many as ``ROOM`` has blocks for."""
+    room, group = int(ROOM * sample.length), list[Question]()
+    taken = 0
+    for question in sample.questions:
+        asked = len(question.prompt) + len(question.answer)
+        blocks = -(-asked // align) * align
+        if group and taken + blocks > room:
+            yield group
+            group, taken = [], 0
+        taken += blocks if group else 0  # the first stands where it stands alone
+        group.append(question)
+    if group:
+        yield group
+
+
+def _rows(model: Any, sample: Sample, mode: Mode) -> list[tuple[int, ...]]:
+    """Each question in a row of its own; rows of one length in batches of one size, so that none compiles anew."""
+    answers: list[tuple[int, ...]] = [()] * len(sample.questions)
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for number, question in enumerate(sample.questions):
+        sizes.setdefault((len(question.prompt), len(question.answer)), []).append(number)
+    for (asked, size), numbers in sizes.items():
+        length = len(sample.context) + asked
+        limit = TOKENS_AT_ONCE.get(_device(model).type, 2**17)
+        batch = min(len(numbers), max(1, limit // length))
+        for start in range(0, len(numbers), batch):
+            mine = numbers[start : start + batch]
+            filled = mine + [mine[-1]] * (batch - len(mine))
+            questions = [sample.questions[number] for number in filled]
+            found = _batch(model, sample, questions, size, mode)
+            for number, row in zip(mine, found, strict=False):
+                answers[number] = tuple(row)
+    return answers
+
+
+def _batch(model: Any, sample: Sample, questions: Sequence[Question], size: int, mode: Mode) -> list[list[int]]:
+    rows = [[*sample.context, *question.prompt] for question in questions]
+    start = len(rows[0])
+    if mode == "generate":
+        ids = torch.tensor(rows, device=_device(model))
+        new = size if sample.metric is exact_match else size + max(8, size // 2)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        generated: list[list[int]] = out[:, start:].tolist()
+        return generated
+    ids = torch.tensor([[*row, *question.answer] for row, question in zip(rows, questions, strict=True)])
+    forced: list[list[int]] = _best(model, ids, [start - 1 + place for place in range(size)]).tolist()
+    return forced
+
+
+def _best(model: Any, tokens: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """The most likely next tokens [B, len(places)] after those at ``places`` of tokens [B, S]."""
+    device = _device(model)
+    where = torch.tensor(places, device=device)
+    ids = tokens.to(device)
+    if "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=where).logits.argmax(-1)  # type: ignore[no-any-return]
+    out = model(ids)
+    return getattr(out, "logits", out)[:, where].argmax(-1)  # type: ignore[no-any-return]
+
+
+def _device(model: Any) -> torch.device:
+    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+    return torch.device("cpu") if parameter is None else parameter.device
