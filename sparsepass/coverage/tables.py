@@ -68,6 +68,10 @@ def markdown(records: Sequence[Record], sweep: Sweep) -> str:
     if differing:
         rows += ["", "### Outputs that differ from eager", "", "| model | largest difference |", "|---|--:|"]
         rows += [f"| {_name(record)} | {record['difference']:.1e} |" for record in differing]
+    noted = [record for record in measured(records) if "note" in record]
+    if noted:
+        names = ", ".join(dict.fromkeys(record["arch"] for record in noted))
+        rows += ["", f"Compared with eager whose rows that see nothing give zero: {names}."]
     rows += ["", "### Architectures", "", _ARCHITECTURES, ""]
     rows += _by_architecture(records)
     failed = failures(records)
