@@ -22,7 +22,7 @@ from sparsepass.coverage.inputs import Call, Phase, phases_of
 from sparsepass.coverage.measure import measure
 from sparsepass.coverage.own import checkpoint_kind, own_model
 from sparsepass.coverage.progress import Progress
-from sparsepass.coverage.reasons import HIDDEN_ROWS, NOT_SEEN, NOTHING_LEFT_OUT, general
+from sparsepass.coverage.reasons import CAPTURED_OTHERWISE, HIDDEN_ROWS, NOT_SEEN, NOTHING_LEFT_OUT, general
 from sparsepass.coverage.run import BEGIN, END, SAMPLE, CoverageOptions, tasks
 from sparsepass.coverage.store import Sweep, merged
 from sparsepass.coverage.tables import markdown, text
@@ -150,6 +150,24 @@ def test_rows_that_see_nothing_are_excepted() -> None:
     if found["rewritten"]:  # a mask of any values, read block by block
         assert found["note"] == HIDDEN_ROWS
     assert found["equal"], found
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_model_that_is_another_when_traced_is_compared_with_its_trace(
+    monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            causal = torch.compiler.is_compiling()
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=causal)
+
+    if wrong:  # neither the model nor its trace: it must be said
+        monkeypatch.setattr("sparsepass.rewrite.Rewriter._scale", lambda self, attention: 3.0)
+    x = torch.randn(1, 2, LENGTH, 16, generator=torch.Generator().manual_seed(0))
+    found = measure(Two(), Call(lambda: ((x,), {}), None))
+    assert found["equal"] is not wrong
+    assert ("note" not in found) is wrong
+    assert wrong or found["note"] == CAPTURED_OTHERWISE
 
 
 def test_hidden_rows_give_zero_however_attention_is_called() -> None:

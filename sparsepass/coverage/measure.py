@@ -21,7 +21,15 @@ from sparsepass.counters import Counts
 from sparsepass.coverage.count import SHORTEST, AttentionCounter, anchors
 from sparsepass.coverage.hidden import HiddenRowsGiveZero
 from sparsepass.coverage.inputs import Call
-from sparsepass.coverage.reasons import CAPTURED_LESS, CAPTURED_MORE, HIDDEN_ROWS, NOT_SEEN, NOTHING_LEFT_OUT, general
+from sparsepass.coverage.reasons import (
+    CAPTURED_LESS,
+    CAPTURED_MORE,
+    CAPTURED_OTHERWISE,
+    HIDDEN_ROWS,
+    NOT_SEEN,
+    NOTHING_LEFT_OUT,
+    general,
+)
 from sparsepass.coverage.special import HIDDEN, INTERMEDIATE, VOCABULARY
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.policy import Policy
@@ -113,6 +121,8 @@ def measure(model: Any, call: Call, *, decode: bool = False, fused: bool = False
                 record |= _sites(both, before, record["sites"])
             else:
                 record |= _sites(both, {}, record["sites"], decode=True)
+            if not record.get("equal", True):
+                record |= _captured(model, call, got)
         finally:
             dynamo.forget()
         record["graphs"] = len(both.graphs)
@@ -120,6 +130,18 @@ def measure(model: Any, call: Call, *, decode: bool = False, fused: bool = False
             record["fused"] = both.fused
     record["seconds"] = round(time.monotonic() - began, 2)
     return record
+
+
+def _captured(model: Any, call: Call, got: Any) -> Record:
+    """A note if the output is that of the graphs as they were captured: then nothing that is ours changed it.
+
+    Some models look at whether they are traced: in transformers 5.17 two leave out the causal mask when they are not.
+    """
+    dynamo.forget()
+    args, kwargs = call.arguments()
+    torch.manual_seed(0)
+    again = _difference(torch.compile(model, backend="eager", dynamic=False)(*args, **kwargs), got, call.real)
+    return again | {"note": CAPTURED_OTHERWISE} if again.get("equal") else {}
 
 
 def _run(compiled: Any, both: TwoBudgets, call: Call) -> tuple[Any, dict[int, tuple[int, dict[int, Counts]]]]:
