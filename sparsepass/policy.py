@@ -270,9 +270,7 @@ def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Poli
     if given is None:
         given = os.environ.get(POLICY_ENV) or "prior"
     if not isinstance(given, str | os.PathLike):
-        raise PolicyError(
-            f"A policy is {given!r}; accepted are a Policy, the path of a file, {_names()} or None."
-        )
+        raise PolicyError(f"A policy is {given!r}; accepted are a Policy, the path of a file, {_names()} or None.")
     path = os.fspath(given)
     if path in NAMED:
         return NAMED[path]()
