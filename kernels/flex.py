@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels.blocks import ceil_div
 from sparsepass.kernels.dispatch import BlockLists, Columns, Visible
+from sparsepass.kernels.scores import HIDDEN
 from sparsepass.kernels.slash import (
     SINK_TOKENS,
     Estimate,
@@ -108,10 +109,12 @@ def select_flex_prefill(
 
 
 def allowed_map(run: Steps, problem: Problem, visible: Visible, device: torch.device) -> Tensor:
-    """Bool [B or 1, nq, nkv]: blocks with a visible pair."""
+    """Bool [B or 1, H or 1, nq, nkv]: blocks with a visible pair."""
+    if visible.blocks is not None:
+        return band_blocks(problem, device) & (visible.blocks != HIDDEN)
     if visible.kv_segments is not None:
         return run.allowed(problem, visible).bool()
-    return band_blocks(problem, device)[None]
+    return band_blocks(problem, device)[None, None]
 
 
 def band_blocks(problem: Problem, device: torch.device) -> Tensor:
@@ -226,7 +229,7 @@ def pooled_blocks(
     means = block_means(query, problem.block, None if visible.kv_segments is None else visible.q_segments)
     grouped = means.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
     scores = (torch.matmul(grouped, key_means.transpose(2, 3)) * scale).view(problem.batch, heads, problem.rows, -1)
-    scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill_(~allowed[:, None], -torch.inf)
+    scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill_(~allowed, -torch.inf)
     share = torch.nan_to_num_(scores.softmax(-1), nan=0.0)
     limit = torch.where(aware, room, 0).int().contiguous()
     kept = run.keep_best(

@@ -18,6 +18,7 @@ from sparsepass.errors import KernelInputError
 from sparsepass.kernels.best import Best
 from sparsepass.kernels.blocks import ALWAYS_KEPT, blocks_per_row, ceil_div, cumulative_kept_blocks
 from sparsepass.kernels.dispatch import BlockLists, Columns, Visible, check_inputs
+from sparsepass.kernels.scores import check_blocks
 from sparsepass.kernels.support import default_block
 from sparsepass.kernels.windows import WINDOW, sample_windows
 
@@ -146,7 +147,7 @@ def steps_of(device: torch.device) -> Steps:
 
     def allowed(problem: Problem, visible: Visible) -> Tensor:
         size = (problem.q_len, problem.kv_len, problem.block, problem.block)
-        return allowed_blocks(Visibility(*size, **visible.arguments()), problem.batch)
+        return allowed_blocks(Visibility(*size, **visible.arguments(), blocks=visible.blocks), problem.batch)
 
     return Steps(
         slash_cpu.estimate_cpu, slash_cpu.keep_best_cpu, slash_cpu.touched_cpu, slash_cpu.diagonal_lists_cpu, allowed
@@ -188,6 +189,7 @@ def problem_of(query: Tensor, key: Tensor, visible: Visible, block: int | None) 
     size = default_block(query.device) if block is None else block
     if size not in (64, 128):
         raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
+    check_blocks(visible.blocks, query, key, size, size)
     batch, heads, q_len, _ = query.shape
     return Problem(batch, heads, q_len, key.shape[2], visible.left, visible.right, visible.offset, size)
 
@@ -323,6 +325,7 @@ def list_arguments(problem: Problem, visible: Visible, width: int, counter: Tens
         "kv_len": problem.kv_len,
         **visible.arguments(),
         "block": problem.block,
+        "blocks": visible.blocks,
         "width": max(1, width),
         "counter": counter,
     }

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,13 +63,16 @@ class Policy:
     """Maps (task class, length bucket, layer, head) to a budget. Of the rules that hold, the last one wins.
 
     ``default`` holds where no rule does: ``dense``, or the built-in ``prior``. ``name`` and ``description`` are for
-    people and change no budget, so they are not in the fingerprint. Raises ``PolicyError``.
+    people, ``calibrated`` for warnings: they change no budget, so they are not in the fingerprint. Raises
+    ``PolicyError``.
     """
 
     name: str = "unnamed"
     rules: tuple[Rule, ...] = ()
     default: Literal["dense", "prior"] = "dense"
     description: str = ""
+    calibrated: Mapping[str, Any] | None = None
+    """What it was measured on, if it was (``sparsepass calibrate``): architecture, weights, dtype, methods."""
 
     def __post_init__(self) -> None:
         if self.default not in ("dense", "prior"):
@@ -136,11 +139,26 @@ class Policy:
         """One budget for a site of ``heads`` query heads; densities that differ are in its ``head_densities``."""
         return _site_budget(self, task, bucket, layer, heads)
 
+    def floor(self, task: TaskClass, bucket: LengthBucket, layer: int) -> float | None:
+        """The share of the attention mass that a layer has to keep under a monitor; None where any will do.
+
+        That of the last rule that holds for the layer; rules for some heads alone are passed over. ``bucket`` is one of
+        ``buckets``.
+        """
+        rules = [rule for rule in _covering(self, task, bucket) if rule.heads is None]
+        return next((rule.floor for rule in reversed(rules) if rule.layers is None or layer in rule.layers), None)
+
+    def within(self, span: LengthBucket) -> tuple[LengthBucket, ...]:
+        """The buckets that a range of lengths made of whole buckets consists of."""
+        return tuple(bucket for bucket in self.buckets if bucket.low >= span.low and _under(bucket, span.high))
+
     def to_json(self) -> dict[str, Any]:
         """The content of the policy's file. ``Policy.from_json`` of it is an equal policy."""
         data: dict[str, Any] = {"$schema": SCHEMA_ID, "version": VERSION, "name": self.name}
         if self.description:
             data["description"] = self.description
+        if self.calibrated:
+            data["calibrated"] = dict(self.calibrated)
         return {**data, "default": self.default, "rules": [rule_to_json(rule) for rule in self.rules]}
 
     @staticmethod
@@ -187,6 +205,10 @@ class Policy:
             return DENSE
         density = prior_density(task, bucket.low)
         return DENSE if density >= 1 else Budget("pooled_topk", {"density": density})
+
+
+def _under(bucket: LengthBucket, high: int | None) -> bool:
+    return high is None or (bucket.high is not None and bucket.high <= high)
 
 
 @functools.lru_cache(maxsize=512)

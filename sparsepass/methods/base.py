@@ -87,6 +87,13 @@ class Method:
         """This method with every head given what the costliest head has."""
         return self
 
+    def list_block(self, device: torch.device) -> int:
+        """Tokens per block, of queries and keys alike, of the lists that ``select`` makes on this device."""
+        from sparsepass.kernels.support import default_block
+
+        own: int | None = getattr(self, "block", None)
+        return default_block(device) if own is None else own
+
     def prepare(self, device: torch.device) -> None:
         """Put on the device what ``select`` needs there. Called at compile time: a CUDA graph may not copy."""
 
@@ -103,8 +110,9 @@ class Method:
         """Block lists for query [B, H, Sq, D] and key [B, Hkv, Skv, D]: the method itself. No host synchronization.
 
         ``dial``: float32 [B or 1, H or 1] on the device, each batch item's and head's own dial. The method's is then
-        the cap: it sizes buffers, and a dial that costs more is cut to it. ``counter``: int64 [3]; the number of
-        visible blocks is added to its last entry.
+        the cap: it sizes buffers, and a dial that costs more is cut to it. ``visible.blocks``, if given, is a map of
+        blocks of ``list_block`` tokens: only what it has is listed, ranked and counted as visible.
+        ``counter``: int64 [3]; the number of visible blocks is added to its last entry.
         """
         raise NotImplementedError(f"{self.name} selects no blocks")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from sparsepass.kernels import attend_hopper, spec
 from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.sass import disassembled, unset_descriptor
 from tests.kernels.compile_offline import (
     compile_hopper,
     compile_launch,
@@ -139,6 +142,30 @@ def test_the_hopper_kernel_compiles(tile: attend_hopper.HopperTile, dtype: torch
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "setmaxnreg.inc" in compiled.asm["ptx"]
     assert attend_hopper.unsound(compiled.asm["ttgir"]) is None
+    code = disassembled(compiled.asm["cubin"])
+    assert code is not None
+    assert len(re.findall("HGMMA", code)) >= 8 * 2 * tile.dim // 64
+    assert unset_descriptor(code) is None
+
+
+CODE = """
+        /*0000*/                   @P0 BRA 0x30 ;
+        /*0010*/                   UMOV UR4, 0x1 ;
+        /*0020*/                   UMOV UR5, 0x40000040 ;
+        /*0030*/                   UIADD3.64 UR6, UR8, 0x2, URZ ;
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_a_descriptor_that_a_path_leaves_unset_is_noticed() -> None:
+    """What ptxas made of an earlier kernel: set before the first loop, read in the second."""
+    assert "UR4 is not set" in (unset_descriptor(CODE) or "")
+    assert "UR4 is not set" in (
+        unset_descriptor(CODE.replace("@P0 BRA 0x30", "@P0 UMOV UR4, 0x0").replace("  UMOV UR4", "  UMOV UR9")) or ""
+    )
+    assert unset_descriptor(CODE.replace("BRA 0x30", "BRA 0x10")) is None
+    assert unset_descriptor(CODE.replace("R24, gdesc", "R24, R16, gdesc")) is None
 
 
 def test_a_dropped_value_is_noticed() -> None:
