@@ -73,7 +73,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def why_not(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, q_block: int, kv_block: int, scores: Scores | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    q_block: int,
+    kv_block: int,
+    scores: Scores | None = None,
     skip: float = 0.0,
 ) -> str | None:
     """None where the kernel takes these inputs, else a sentence."""

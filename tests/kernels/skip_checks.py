@@ -76,3 +76,11 @@ def check_bound(inputs: Inputs, run: Callable[[float], tuple[Tensor, Tensor | No
     most = float(inputs.v.double().abs().max()) if inputs.v.numel() else 0.0
     gap = (out.cpu().double() - wanted).abs().amax(-1)
     assert (gap <= 2 * lost * most + 0.02 * (1 + most)).all()
+
+
+def with_levels(inputs: Inputs, levels: list[float]) -> Inputs:
+    """The inputs with scores that are equal within a block of keys: ``levels``, in the order of the blocks."""
+    scores = torch.tensor(levels, device=inputs.q.device).repeat_interleave(inputs.mask["kv_block"])
+    inputs.q.zero_()[..., 0] = 1 / inputs.mask["scale"]
+    inputs.k.zero_()[..., 0] = scores[: inputs.k.shape[2]]
+    return inputs

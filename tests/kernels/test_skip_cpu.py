@@ -19,7 +19,7 @@ from sparsepass.kernels.cpu import block_sparse_attention_cpu
 from sparsepass.kernels.dispatch import BlockLists
 from sparsepass.kernels.reference import listed_blocks
 from sparsepass.testing import Case, Inputs, cases, poisoned_empty
-from tests.kernels.skip_checks import SKIPS, check_bound, check_skipped
+from tests.kernels.skip_checks import SKIPS, check_bound, check_skipped, with_levels
 
 pytestmark = pytest.mark.skipif(
     not cpu_native.available(torch.float32), reason="the C++ kernel cannot be built here; the other skips nothing"
@@ -78,6 +78,12 @@ PLAIN = Case(
     q_block=64, kv_block=64, left=-1, right=0, offset=0, scale=0.2, layout="bshd", segments="none",
     lists="full", shared_lists="both", bad=0, seed=3,
 )  # fmt: skip
+
+
+def test_the_edge_is_at_the_logarithm() -> None:
+    """log(0.1) is -2.3: of blocks 2.0 and 2.6 under the greatest score, the second is skipped."""
+    inputs = with_levels(PLAIN.tensors(), [0.0, -2.0, -2.6, -1.0])
+    assert check_skipped(inputs, runner(inputs), ascending(inputs), 64, 64, 0.1)
 
 
 def test_blocks_far_under_the_greatest_score_are_skipped_and_nothing_else_is() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsepass.testing import Case, Inputs, cases, poisoned_empty
 from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark
-from tests.kernels.skip_checks import SKIPS, check_bound, check_skipped
+from tests.kernels.skip_checks import SKIPS, check_bound, check_skipped, with_levels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -90,20 +90,17 @@ def test_what_is_lost_is_bounded(case: Case, skip: float) -> None:
     check_bound(inputs, runner(inputs), skip)
 
 
-def test_a_far_block_is_skipped() -> None:
+def test_the_edge_is_at_the_logarithm() -> None:
     size = 128 if GPU else 32
     case = Case(
         batch=1, kv_heads=1, group=2, q_len=4 * size, kv_len=4 * size, head_dim=64 if GPU else 16,
         v_head_dim=64 if GPU else 16, dtype=torch.float32, q_block=size, kv_block=size, left=-1, right=0, offset=0,
         scale=0.2, layout="bshd", segments="none", lists="full", shared_lists="both", bad=0, seed=3,
     )  # fmt: skip
-    inputs = case.tensors(DEVICE)
-    inputs.q[..., 0] = 20.0
-    inputs.k[..., 0] = 0.0
-    inputs.k[:, :, : 2 * size, 0] = -5.0  # the first two blocks' scores are 20 under those of the diagonal
+    inputs = with_levels(case.tensors(DEVICE), [-1.0, -2.6, -2.0, 0.0])  # log(0.1) is -2.3
     rows, keys = sides(inputs)
-    assert check_skipped(inputs, runner(inputs), order_of(inputs, rows, keys), rows, keys, 1e-3)
-    assert not torch.equal(runner(inputs)(1e-3)[0], runner(inputs)(0.0)[0])
+    assert check_skipped(inputs, runner(inputs), order_of(inputs, rows, keys), rows, keys, 0.1)
+    assert not torch.equal(runner(inputs)(0.1)[0], runner(inputs)(0.0)[0])
 
 
 def test_the_hopper_kernel_refuses() -> None:
