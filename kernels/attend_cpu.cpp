@@ -39,7 +39,7 @@ struct Call {
   int64_t counts_b, counts_h, indices_b, indices_h, indices_i;
   int64_t mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k;
   int64_t slopes_b, blocks_b, blocks_h, bias_bf16;
-  double scale, softcap, hidden;  // softcap 0: none
+  double scale, softcap, hidden, skip;  // softcap 0: none; skip -inf: no block is skipped
   int64_t bf16;
 };
 
@@ -123,6 +123,8 @@ class Attend {
   const float scale;
   const bool changed;             // scaled scores are changed before the softmax
   const bool prescale;            // a scale of 0 or less would turn the -inf of hidden pairs into something else
+  const float skip;
+  const bool skips;
   const float late_scale;         // the scale that is left to the softmax
   Buffer<T> keys;                 // packed blocks
   Buffer<T> values;               // packed blocks, bf16 only
@@ -143,6 +145,8 @@ class Attend {
         scale(static_cast<float>(c.scale)),
         changed(c.softcap > 0.0 || c.slopes || c.bias),
         prescale(changed || !(scale > 0.0f)),
+        skip(static_cast<float>(c.skip)),
+        skips(skip > NONE),
         late_scale(prescale ? 1.0f : scale),
         keys(c.batch * c.kv_heads * kv_blocks * c.kv_block * c.dim),
         values(PACKED ? c.batch * c.kv_heads * kv_blocks * c.kv_block * c.v_dim : 0),
@@ -200,13 +204,14 @@ class Attend {
     const int64_t width = step * c.kv_block;
     Buffer<float> scores(c.q_block * width), acc(c.q_block * c.v_dim), top(c.q_block), total(c.q_block);
     Buffer<T> weights(PACKED ? c.q_block * width : 0);
+    Buffer<int64_t> kept(step);
     const int64_t tasks = c.batch * c.heads * q_blocks;
     for (int64_t i = next++; i < tasks && status == DONE; i = next++) {
       try {
         // Long causal rows come last in a head: drawing from the end keeps the threads busy to the end.
         const int64_t task = tasks - 1 - i;
         row(task / q_blocks / c.heads, task / q_blocks % c.heads, task % q_blocks, scores.data, weights.data, acc.data,
-            top.data, total.data);
+            top.data, total.data, kept.data);
       } catch (...) {
         status = FAILED;
       }
@@ -214,7 +219,7 @@ class Attend {
     cpublas::brgemm_release(PACKED);
   }
 
-  void row(int64_t b, int64_t h, int64_t qi, float* scores, T* weights, float* acc, float* top, float* total) {
+  void row(int64_t b, int64_t h, int64_t qi, float* scores, T* weights, float* acc, float* top, float* total, int64_t* kept) {
     const int64_t first = qi * c.q_block, rows = std::min(c.q_block, c.q_len - first);
     const int64_t source = (b * c.kv_heads + h / group) * kv_blocks, width = step * c.kv_block;
     const T* q = at(c.q, b * c.q_b + h * c.q_h + first * c.q_s);
@@ -227,10 +232,10 @@ class Attend {
     std::fill(total, total + rows, sink == NONE ? 0.0f : 1.0f);
     const int8_t* states = c.blocks ? c.blocks + b * c.blocks_b + h * c.blocks_h + qi * kv_blocks : nullptr;
     for (int64_t low = 0; low < count; low += step) {
-      const int64_t blocks = std::min<int64_t>(step, count - low);
-      int64_t used = 0;
-      for (int64_t n = 0; n < blocks; ++n) {
-        const int64_t block = list[low + n];
+      const int64_t listed = std::min<int64_t>(step, count - low);
+      int64_t used = 0, blocks = 0;
+      for (int64_t i = 0; i < listed; ++i) {
+        const int64_t block = list[low + i], n = blocks;
         if (block < 0 || block >= kv_blocks) {
           status = BAD_INDEX;
           return;
@@ -241,13 +246,16 @@ class Attend {
         for (int64_t d = 0; d < c.dim; d += PART_DIM) {  // keys are packed dimension by dimension, so that parts follow
           cpublas::brgemm(rows, columns, std::min(PART_DIM, c.dim - d), c.q_s, c.kv_block, width, d > 0, q + d, packed + d * c.kv_block, s, PACKED);
         }
-        used = n * c.kv_block + columns;
         if (changed) change(b, h, first, rows, block, columns, s, width);
         hide(b, h, first, rows, block, columns, (c.mask || c.bias) && !(states && states[block] == 2), s, width);
+        if (skips && skipped(s, rows, columns, width, scores, n * c.kv_block, top)) continue;
+        used = n * c.kv_block + columns;
+        kept[blocks++] = block;
       }
+      if (!blocks) continue;
       for (int64_t i = 0; i < rows; ++i) soften(scores + i * width, used, weights + i * width, acc + i * c.v_dim, top[i], total[i]);
       for (int64_t n = 0; n < blocks; ++n) {
-        const int64_t block = list[low + n];
+        const int64_t block = kept[n];
         const int64_t columns = PACKED ? c.kv_block : held(block);
         if (bad_values.data[source + block]) {
           add_seen(b, h, first, rows, block, scores + n * c.kv_block, weights + n * c.kv_block, width, v, acc);
@@ -375,6 +383,26 @@ class Attend {
         else hide_by_bias(at + from, static_cast<const float*>(c.bias) + place, to - from);
       }
     }
+  }
+
+  // Whether all rows have met scores before that leave this block weights of less than exp(c.skip): in earlier steps
+  // (`top`), or in the blocks of this one, whose scores lie in front of it (`before` of them in a row).
+  bool skipped(const float* s, int64_t rows, int64_t columns, int64_t width, const float* scores, int64_t before, const float* top) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      float here = NONE, met = NONE;
+      int nan = 0;
+#pragma omp simd reduction(max : here) reduction(| : nan)
+      for (int64_t j = 0; j < columns; ++j) {
+        here = s[i * width + j] > here ? s[i * width + j] : here;
+        nan |= s[i * width + j] != s[i * width + j];
+      }
+      if (nan) return false;
+      if (here == NONE) continue;  // the row sees nothing of it
+#pragma omp simd reduction(max : met)
+      for (int64_t j = 0; j < before; ++j) met = scores[i * width + j] > met ? scores[i * width + j] : met;
+      if (!(here * late_scale < std::max(top[i], met * late_scale) + skip)) return false;
+    }
+    return true;
   }
 
   // One row of one step of the online softmax; weights replace the scores in fp32.

@@ -73,11 +73,21 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def why_not(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, q_block: int, kv_block: int, scores: Scores | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    q_block: int,
+    kv_block: int,
+    scores: Scores | None = None,
+    skip: float = 0.0,
 ) -> str | None:
     """None where the kernel takes these inputs, else a sentence."""
     if scores is not None and scores.given:
         return "It changes no scores: no soft cap, slopes, bias, mask tensor or sinks."
+    if skip > 0:
+        return "It skips no listed block."
     if q.device.type != "cuda" or capability_of(q.device)[0] != 9:
         return "It runs on Hopper GPUs (compute capability 9.0) alone."
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -138,6 +148,7 @@ def launch(
     kv_block: int,
     tile: HopperTile | None = None,
     scores: Scores | None = None,
+    skip: float = 0.0,
 ) -> Launch | str:
     """The launch over ordered lists (``partition_launches``), or why there can be none. ``tile`` overrides ``TILES``.
 
@@ -145,7 +156,7 @@ def launch(
     may have spoilt it. ``ticket`` int32 [1] is 0 when the kernel starts. ``common``: the arguments shared with the
     kernels of ``attend_tiles_triton.py``.
     """
-    reason = why_not(q, k, v, scale=scale, q_block=q_block, kv_block=kv_block, scores=scores)
+    reason = why_not(q, k, v, scale=scale, q_block=q_block, kv_block=kv_block, scores=scores, skip=skip)
     if reason is None and not _copyable(out):
         reason = f"The copy engine needs rows aligned to 16 bytes; the output has head size {out.shape[3]}."
     if reason is not None:

@@ -46,6 +46,7 @@ def fold_block(
     mask_row,
     mask_stride,
     hidden,
+    skip,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -62,6 +63,7 @@ def fold_block(
 
     ``top`` is the running maximum of the scores as they go into exp2 but for ``log2_scale``; ``flag`` turns 1 at a
     masked block with a non-finite value. ``factor`` to ``hidden``: ``kernels/terms_triton.py``.
+    ``skip``: binary logarithm of a weight; keys that have less in every row are left out. None: none are.
     """
     k_ptrs = k_tile + start.to(tl.int64) * k_stride_s
     v_ptrs = v_tile + start.to(tl.int64) * v_stride_s
@@ -107,23 +109,30 @@ def fold_block(
             at = mask_row[:, None] + (start + tl.arange(0, KEYS)).to(tl.int64)[None, :] * mask_stride
             visible = visible & (tl.load(at, mask=inside[:, None] & there[None, :], other=0) != 0)
         scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen nothing yet has top -inf, and -inf - -inf is NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top) * log2_scale
-    weights = tl.math.exp2(scores * log2_scale - base[:, None])
-    decay = tl.math.exp2(top * log2_scale - base)
-    total = total * decay + tl.sum(weights, 1)
-    acc = acc * decay[:, None]
-    if MASKED:
-        v = tl.load(v_ptrs, mask=v_dim_mask[None, :] & there[:, None], other=0.0)
-        # A weight of 0 times a hidden inf or NaN is NaN, so such values wait for add_nonfinite_values.
-        finite = tl.abs(v.to(tl.float32)) < float("inf")
-        flag = tl.maximum(flag, tl.max((finite == 0).to(tl.int32)))
-        acc = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
-    else:
-        v = tl.load(v_ptrs) if EVEN_DV else tl.load(v_ptrs, mask=v_dim_mask[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, total, new_top, flag
+    block_top = tl.max(scores, 1)
+    needed = True
+    if skip is not None:  # a row outside the queries asks for nothing; NaN does
+        less = block_top * log2_scale < top * log2_scale + skip
+        needed = tl.max((inside & (less == 0)).to(tl.int32), 0) > 0
+    if needed:
+        new_top = tl.maximum(top, block_top)
+        # A row that has seen nothing yet has top -inf, and -inf - -inf is NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) * log2_scale
+        weights = tl.math.exp2(scores * log2_scale - base[:, None])
+        decay = tl.math.exp2(top * log2_scale - base)
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        top = new_top
+        if MASKED:
+            v = tl.load(v_ptrs, mask=v_dim_mask[None, :] & there[:, None], other=0.0)
+            # A weight of 0 times a hidden inf or NaN is NaN, so such values wait for add_nonfinite_values.
+            finite = tl.abs(v.to(tl.float32)) < float("inf")
+            flag = tl.maximum(flag, tl.max((finite == 0).to(tl.int32)))
+            acc = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
+        else:
+            v = tl.load(v_ptrs) if EVEN_DV else tl.load(v_ptrs, mask=v_dim_mask[None, :], other=0.0)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, top, flag
 
 
 @triton.jit
@@ -185,6 +194,7 @@ def attend_tile(
     factor,
     softcap,
     hidden,
+    skip,
     SIGN: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
@@ -275,7 +285,7 @@ def attend_tile(
             q, acc, total, top, flag, k_edge, v_edge, k_stride_s, v_stride_s, start, position, q_segment,
             kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, inside, v_dim_mask,
             q_stride_d, k_stride_d, q_tail, k_edge_tail, factor, softcap, slope, bias_row, bias_stride_k, mask_row,
-            mask_stride_k, hidden, EDGE_N, HEAD_DIM, BLOCK_D, DIM_STEP, TAIL, EVEN_DV, SIGN, True, HAS_SEGMENTS,
+            mask_stride_k, hidden, None, EDGE_N, HEAD_DIM, BLOCK_D, DIM_STEP, TAIL, EVEN_DV, SIGN, True, HAS_SEGMENTS,
             CHANGED, PRECISION,
         )  # fmt: skip
     for step in range(edges * PER_BLOCK, count * PER_BLOCK):
@@ -284,7 +294,7 @@ def attend_tile(
             q, acc, total, top, flag, k_tile, v_tile, k_stride_s, v_stride_s, start, position, q_segment,
             kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, inside, v_dim_mask,
             q_stride_d, k_stride_d, q_tail, k_tile_tail, factor, softcap, slope, bias_row, bias_stride_k, mask_row,
-            mask_stride_k, hidden, BLOCK_N, HEAD_DIM, BLOCK_D, DIM_STEP, TAIL, EVEN_DV, SIGN, False, HAS_SEGMENTS,
+            mask_stride_k, hidden, skip, BLOCK_N, HEAD_DIM, BLOCK_D, DIM_STEP, TAIL, EVEN_DV, SIGN, False, HAS_SEGMENTS,
             CHANGED, PRECISION,
         )  # fmt: skip
 
@@ -362,6 +372,7 @@ def attend(
     factor,
     softcap,
     hidden,
+    skip,
     SIGN: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
@@ -391,8 +402,8 @@ def attend(
         q_len, kv_len, left, right, offset, tiles, width, kv_heads, group, mask_ptr, bias_ptr, slopes_ptr,
         sinks_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k, bias_stride_b, bias_stride_h,
         bias_stride_q, bias_stride_k, slopes_stride_b, slopes_stride_h, sinks_stride, factor, softcap, hidden,
-        SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M, BLOCK_N, EDGE_N, EDGE_STAGES, HEAD_DIM, V_HEAD_DIM, BLOCK_D, DIM_STEP, TAIL,
-        BLOCK_DV, HAS_SEGMENTS, HAS_Q_SEGMENTS, CHANGED, RETURN_LSE, PRECISION,
+        skip, SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M, BLOCK_N, EDGE_N, EDGE_STAGES, HEAD_DIM, V_HEAD_DIM, BLOCK_D, DIM_STEP,
+        TAIL, BLOCK_DV, HAS_SEGMENTS, HAS_Q_SEGMENTS, CHANGED, RETURN_LSE, PRECISION,
     )  # fmt: skip
 
 
@@ -475,7 +486,7 @@ def attend_again(
                 q_segments_stride_b, q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s,
                 span_stride_b, span_stride_h, q_len, kv_len, left, right, offset, tiles, width,
                 kv_heads, group, None, None, None, None, None, None, None, None, None, None,
-                None, None, None, None, None, None, None, None, SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M, BLOCK_N,
+                None, None, None, None, None, None, None, None, None, SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M, BLOCK_N,
                 EDGE_N, EDGE_STAGES, HEAD_DIM, V_HEAD_DIM, BLOCK_D, DIM_STEP, 0, BLOCK_DV, HAS_SEGMENTS, HAS_Q_SEGMENTS,
                 False, RETURN_LSE, PRECISION,
             )  # fmt: skip

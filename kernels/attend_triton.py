@@ -53,6 +53,7 @@ def block_sparse_attention_cuda(
     kv_block: int,
     scores: Scores | None = None,
     blocks: Tensor | None = None,
+    skip: float = 0.0,
     return_lse: bool = False,
     counter: Tensor | None = None,
     implementation: str = "auto",
@@ -69,6 +70,8 @@ def block_sparse_attention_cuda(
         scores: what happens to the scaled scores before the softmax.
         blocks: a block map [B or 1, H or 1, nq, nkv] as ``block_map_cuda`` makes it, which is done here if it is None
             and the scores hide pairs; listed blocks for which it has 0 are skipped.
+        skip: of listed blocks, as ``BlockLists.skip``; those that need a mask come first and are all computed, and
+            on GPUs of compute capability 10 all are.
         return_lse: also return the log-sum-exp.
         counter: int64 [3] on the device; [0] += 1, [1] += blocks computed over all (batch, head, row).
         implementation: ``hopper``, ``triton``, or ``auto`` for the first that takes the inputs.
@@ -97,6 +100,7 @@ def block_sparse_attention_cuda(
         "kv_block": kv_block,
         "return_lse": return_lse,
         "implementation": implementation,
+        "skip": skip,
     }
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
@@ -142,6 +146,7 @@ def attend_launches(
     implementation: str = "auto",
     scores: Scores | None = None,
     blocks: Tensor | None = None,
+    skip: float = 0.0,
 ) -> tuple[list[Launch], Tensor, Tensor | None]:
     """The launches of ``block_sparse_attention_cuda`` and the tensors they fill. The tiles override the tuned ones.
 
@@ -159,11 +164,13 @@ def attend_launches(
         implementation in IMPLEMENTATIONS,
         lambda: f"implementation is {implementation!r}; accepted are {', '.join(IMPLEMENTATIONS)}.",
     )
+    # Triton 3.7 fails to compile a product under a condition for newer GPUs: everything is computed there.
+    skips = skip > 0 and capability_of(q.device)[0] < 10
     if tile is None:
-        if head_dim == v_head_dim and not scores.given:
+        if head_dim == v_head_dim and not scores.given and not skips:
             tile = tile_for(q.device, q.dtype, head_dim)
         else:  # what was tuned was neither
-            terms = 2 if scores.slopes is not None or scores.bias is not None else int(scores.given)
+            terms = 2 if skips or scores.slopes is not None or scores.bias is not None else int(scores.given)
             tile = attend_tile(q.dtype, head_dim, capability_of(q.device), v_head_dim=v_head_dim, terms=terms)
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
@@ -261,6 +268,7 @@ def attend_launches(
             kv_block=kv_block,
             tile=hopper_tile,
             scores=scores,
+            skip=skip,
         )
     if isinstance(fast, Launch):
         launches.append(fast)
@@ -269,7 +277,7 @@ def attend_launches(
     elif implementation == "hopper":
         raise KernelInputError(f"The hopper kernel was asked for: {fast}")
     else:
-        arguments |= {"TAIL": tail, **term_arguments(scores, scale)}
+        arguments |= {"TAIL": tail, "skip": math.log2(skip) if skips else None, **term_arguments(scores, scale)}
         launches.append(Launch(attend, (programs,), arguments, options))
     arguments = {**common, **pair_arguments(scores), "programs": programs, "STEP": 16, "FLAGS": 64}
     warps = 4 if 64 < v.shape[3] <= 128 else 8  # neither count keeps every size in registers

@@ -37,6 +37,7 @@ def block_sparse_attention_cpu(
     kv_block: int,
     scores: Scores | None = None,
     blocks: Tensor | None = None,
+    skip: float = 0.0,
     return_lse: bool = False,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -57,6 +58,7 @@ def block_sparse_attention_cpu(
         scores: what happens to the scaled scores before the softmax.
         blocks: a block map [B or 1, H or 1, q_blocks, kv_blocks] as ``block_map_cpu`` makes it, which is done here if
             it is None and the scores hide pairs; listed blocks for which it has 0 are skipped.
+        skip: of listed blocks, as ``BlockLists.skip``; gathered blocks are all computed.
         return_lse: whether to return the log-sum-exp.
         counter: int64 [3]; [0] += 1, [1] += blocks attended to, over batch, heads and rows.
 
@@ -80,8 +82,10 @@ def block_sparse_attention_cpu(
         kv_num_blocks, kv_indices = without_hidden(kv_num_blocks, kv_indices, blocks)
     counts = kv_num_blocks.expand(batch, heads, -1)
     indices = kv_indices.expand(batch, heads, -1, -1)
-    implementation = cpu_native if cpu_native.available(q.dtype) else cpu_gather
-    out, lse = implementation.attend(q, k, v, counts, indices, mask, scale, return_lse, scores, blocks)
+    if cpu_native.available(q.dtype):
+        out, lse = cpu_native.attend(q, k, v, counts, indices, mask, scale, return_lse, scores, blocks, skip)
+    else:
+        out, lse = cpu_gather.attend(q, k, v, counts, indices, mask, scale, return_lse, scores, blocks)
     if counter is not None:
         counter[0] += 1
         counter[1] += counts.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -46,7 +47,7 @@ class _Call(ctypes.Structure):
             *(f"{tensor}_{dim}" for tensor in ("mask", "bias") for dim in "bhqk"),
             *("slopes_b", "blocks_b", "blocks_h", "bias_bf16"),
         ),
-        ("scale", "softcap", "hidden"),
+        ("scale", "softcap", "hidden", "skip"),
         "bf16",
     )
 
@@ -137,6 +138,7 @@ def attend(
     want_lse: bool,
     scores: Scores,
     blocks: Tensor | None,
+    skip: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Out like ``q`` and the log-sum-exp; ``counts`` [B, H, q_blocks], ``indices`` [B, H, q_blocks, cap] expanded.
 
@@ -157,7 +159,7 @@ def attend(
     counts, indices = _entries(counts), _entries(indices)
     segments = _segments(mask)
 
-    call = _Call(scale=scale, bf16=bf16, v_dim=v_dim)
+    call = _Call(scale=scale, bf16=bf16, v_dim=v_dim, skip=math.log(skip) if skip > 0 else -math.inf)
     _describe(call, q.shape, k.shape, mask, {**tensors, "out": out})
     call.counts, call.counts_b, call.counts_h = counts.data_ptr(), counts.stride(0), counts.stride(1)
     call.indices, call.indices_b, call.indices_h = indices.data_ptr(), indices.stride(0), indices.stride(1)

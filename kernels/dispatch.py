@@ -78,6 +78,10 @@ class BlockLists:
     ``kv_num_blocks`` int32 [B, H, nq] (B and H may be 1) and ``kv_indices`` int32 [B, H, nq, width]: the first
     ``kv_num_blocks`` entries of a row count, are distinct and ascend. Blocks are ``q_block`` by ``kv_block`` tokens.
     ``columns``: single keys besides the blocks, or None.
+
+    ``skip``: in [0, 1). A listed block whose scores all lie more than ``-log(skip)`` under the greatest that their row
+    met before may be left out, tile by tile, once its scores are known (skip-softmax, BLASST, arXiv 2512.12087): its
+    weights are less than ``skip`` times the row's greatest. 0: none is.
     """
 
     kv_num_blocks: torch.Tensor
@@ -85,6 +89,7 @@ class BlockLists:
     q_block: int
     kv_block: int
     columns: Columns | None = None
+    skip: float = 0.0
 
 
 def block_sparse_attention(
@@ -116,6 +121,8 @@ def block_sparse_attention(
         raise KernelInputError(
             f"implementation is {implementation!r}; accepted on {query.device.type} are {', '.join(known)}."
         )
+    if not 0 <= lists.skip < 1:
+        raise KernelInputError(f"lists.skip is {lists.skip!r}; accepted is 0 (nothing is skipped) and up to under 1.")
     chosen: dict[str, Any] = {} if implementation == "auto" else {"implementation": implementation}
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     if query.device.type == "cuda":
@@ -138,6 +145,7 @@ def block_sparse_attention(
         kv_block=lists.kv_block,
         scores=scores,
         blocks=visible.blocks,
+        skip=lists.skip,
         return_lse=return_lse or lists.columns is not None,
         counter=counter,
         **chosen,
@@ -166,7 +174,14 @@ def kernel_name(
         from sparsepass.kernels import attend_hopper
 
         reason = attend_hopper.why_not(
-            query, key, value, scale=scale, q_block=lists.q_block, kv_block=lists.kv_block, scores=scores
+            query,
+            key,
+            value,
+            scale=scale,
+            q_block=lists.q_block,
+            kv_block=lists.kv_block,
+            scores=scores,
+            skip=lists.skip,
         )
         return "triton" if reason else "hopper"
     from sparsepass.kernels import cpu_native

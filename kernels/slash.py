@@ -93,19 +93,38 @@ class Problem:
         return budget.clamp(max=most).int().expand(self.batch, self.heads).contiguous()
 
     def split(self, budget: int, columns: int | None) -> tuple[int, int]:
-        """A row's budget of blocks as (listed blocks, columns): half each, blocks getting what columns may not use."""
-        tokens = budget // 2 * self.block
+        """A row's budget of blocks as (listed blocks, columns): half each, blocks getting what columns may not use.
+
+        Together they are within the budget, or ``ALWAYS_KEPT`` blocks where that is more.
+        """
+        tokens = max(0, min(budget // 2, budget - ALWAYS_KEPT)) * self.block
         if columns is not None:
             tokens = min(tokens, columns)
-        return max(ALWAYS_KEPT, budget - ceil_div(tokens, self.block)), tokens if budget > ALWAYS_KEPT else 0
+        return max(ALWAYS_KEPT, budget - ceil_div(tokens, self.block)), tokens
 
     def split_each(self, budget: Tensor, columns: int | None) -> tuple[Tensor, Tensor]:
         """``split`` of int32 [B, H]."""
-        tokens = budget // 2 * self.block
+        tokens = torch.minimum(budget // 2, budget - ALWAYS_KEPT).clamp(min=0) * self.block
         if columns is not None:
             tokens = tokens.clamp(max=columns)
-        listed = (budget - (tokens + self.block - 1) // self.block).clamp(min=ALWAYS_KEPT)
-        return listed, torch.where(budget > ALWAYS_KEPT, tokens, 0)
+        return (budget - (tokens + self.block - 1) // self.block).clamp(min=ALWAYS_KEPT), tokens
+
+    @property
+    def near(self) -> int:
+        """Diagonals of blocks that near token diagonals touch at most; rows always keep two of them."""
+        return 2 if self.offset % self.block == 0 else 3
+
+    def listed_by(self, diagonals: int) -> int:
+        """Blocks that a row lists at most with ``diagonals`` kept, its first and the always-kept ones included."""
+        return 1 + max(diagonals, self.near)
+
+    def diagonals_within(self, listed: int) -> int:
+        """How many diagonals of blocks leave rows at most ``listed`` blocks, with what is always kept."""
+        return listed - 1 if listed > self.near else 0
+
+    def diagonals_within_each(self, listed: Tensor) -> Tensor:
+        """``diagonals_within`` of int32 [B, H]."""
+        return torch.where(listed > self.near, listed - 1, 0).int().contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +270,12 @@ def select_vertical_slash(
 
     budget = problem.budget(density)
     most_blocks, most_columns = problem.split(budget, columns)
-    blocks: int | Tensor = most_blocks - 1  # the first visible block of a row lies on no diagonal of its own
+    blocks: int | Tensor = problem.diagonals_within(most_blocks)
     tokens: int | Tensor = most_columns
     width = min(problem.blocks, most_blocks + 2)
     if dial is not None:
         listed, tokens = problem.split_each(problem.budgets(dial, budget), columns)
-        blocks = listed - 1
+        blocks = problem.diagonals_within_each(listed)
     if density >= 1:
         width = problem.blocks
         if dial is None:
@@ -312,8 +331,8 @@ def list_arguments(problem: Problem, visible: Visible, width: int, counter: Tens
     }
 
 
-def flattened_limit(problem: Problem, density: float) -> int:
-    """Blocks that ``density`` allows over all rows of one head."""
+def flattened_limit(problem: Problem, density: float, taken: int = 0) -> int:
+    """Blocks that ``density`` allows over all rows of one head, whose rows may have ``taken`` each already."""
     shape = (problem.q_len, problem.kv_len, problem.left, problem.right, problem.offset, problem.block, problem.block)
     kept = cumulative_kept_blocks(*shape)
-    return kept[min(problem.budget(density), len(kept) - 1)]
+    return max(0, kept[min(problem.budget(density), len(kept) - 1)] - kept[min(taken, len(kept) - 1)])

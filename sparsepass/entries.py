@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -123,14 +123,20 @@ def verdict_for(found: FoundSite, budget: Budget, bucket: LengthBucket) -> Verdi
     device = torch.device(site.device)
     length = equivalent_length(site, bucket)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return sparse_wins(
+    method = make_method(budget)
+    cost = method.cost_at(length)
+    verdict = sparse_wins(
         device_name=name,
         device_type=device.type,
         dtype=site.dtype,
         head_dim=site.head_dim,
         length=length,
-        density=make_method(budget).density_at(length),
+        density=cost,
     )
+    if cost == method.density_at(length):
+        return verdict
+    beside = f" The cost of {method.text()} is counted: that of pooled_topk at density {cost:.3g}."
+    return replace(verdict, reason=verdict.reason + beside)
 
 
 def limit_for(found: FoundSite, budget: Budget, bucket: LengthBucket, settings: Settings) -> float:

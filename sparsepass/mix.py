@@ -45,10 +45,8 @@ class BucketClasses:
         return shared if shared is not None and self._limit(shared) > 0 else None
 
     def cost(self, shared: RowBudgets, task: TaskClass | None) -> float:
-        """Density of rows of a class (None: under the cap) over the largest that pays: the time, as a share of what
-        just pays."""
-        density = shared.cap_density(self.length) if task is None else shared.row_density(task, self.length)
-        return density / self._limit(shared)
+        """Cost of rows of a class (None: under the cap), as a density, over the largest that pays."""
+        return shared.cost(task, self.length) / self._limit(shared)
 
     def _limit(self, shared: RowBudgets) -> float:
         return dict(self.limits).get(shared.cap.method, 0.0)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,9 @@ PRIOR = {
     TaskClass.UNKNOWN: (0.60, 0.33),
 }
 """Task class to (density at 16K tokens, the density it never goes under)."""
+
+RETRIEVAL = (TaskClass.SINGLE_QA, TaskClass.MULTI_QA)
+"""Classes for which The Sparse Frontier found vertical-slash best; for the others, blocks."""
 
 POWERS = tuple(1024 << power for power in range(11))
 """Bucket edges that every policy has, in tokens: 1K to 1M."""
@@ -254,13 +257,32 @@ def builtin_policy() -> Policy:
     return Policy(name="prior", default="prior")
 
 
+@functools.cache
+def published_policy() -> Policy:
+    """The methods that The Sparse Frontier (arXiv 2504.17768) found best, at the prior's densities.
+
+    Vertical-slash for retrieval (single_qa, multi_qa), pooled blocks for the other classes, which follow the prior.
+    """
+    rules = []
+    for task in RETRIEVAL:
+        for low, high in zip(POWERS, (*POWERS[1:], None), strict=True):
+            if (density := prior_density(task, low)) < 1:
+                rules.append(Rule(task, Budget("vertical_slash", {"density": density}), above=low, up_to=high))
+    text = "Vertical-slash for retrieval, blocks for the rest (arXiv 2504.17768), at the prior's densities."
+    return Policy(name="published", rules=tuple(rules), default="prior", description=text)
+
+
+NAMED: dict[str, Callable[[], Policy]] = {"prior": builtin_policy, "published": published_policy}
+"""Policies that are named where a file's path is accepted."""
+
+
 @functools.lru_cache(maxsize=64)
 def _load_stamped(path: str, modified_ns: int, size: int) -> Policy:
     return Policy.load(path)
 
 
 def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Policy:
-    """The policy that an option names: a ``Policy``, the path of a file, or ``"prior"``.
+    """The policy that an option names: a ``Policy``, the path of a file, ``"prior"`` or ``"published"``.
 
     ``None``: the file that the environment variable ``SPARSEPASS_POLICY`` names, else the prior. Files are read again
     only when they changed. Raises ``PolicyError``.
@@ -270,14 +292,18 @@ def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Poli
     if given is None:
         given = os.environ.get(POLICY_ENV) or "prior"
     if not isinstance(given, str | os.PathLike):
-        raise PolicyError(f"A policy is {given!r}; accepted are a Policy, the path of a policy file, 'prior' or None.")
+        raise PolicyError(f"A policy is {given!r}; accepted are a Policy, the path of a file, {_names()} or None.")
     path = os.fspath(given)
-    if path == "prior":
-        return builtin_policy()
+    if path in NAMED:
+        return NAMED[path]()
     try:
         stat = os.stat(path)
     except OSError as error:
         raise PolicyError(
-            f"The policy file {path!r} cannot be read ({error.strerror}); give the path of one, or 'prior'."
+            f"The policy file {path!r} cannot be read ({error.strerror}); give the path of one, or {_names()}."
         ) from error
     return _load_stamped(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+
+
+def _names() -> str:
+    return " or ".join(map(repr, NAMED))

@@ -42,6 +42,13 @@ class Method:
         """``mean_density`` of a causal problem of ``length`` tokens; other where the share follows the length."""
         return self.mean_density
 
+    def cost_at(self, length: int) -> float:
+        """The time as a density: that of ``pooled_topk`` which takes as long, causal, ``length`` tokens.
+
+        Where sparse pays was measured with ``pooled_topk``, so this is what is held against it.
+        """
+        return self.density_at(length)
+
     def dials(self, heads: int) -> tuple[float, ...]:
         """The dial of each of ``heads`` query heads. Raises ``PolicyError`` if the method has none."""
         if self.dial is None:
@@ -158,6 +165,11 @@ def block_size(method: str, value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or value not in BLOCKS):
         raise PolicyError(f"{method} block is {value!r}; accepted are 64, 128 or null (the default).")
     return None if value is None else int(value)
+
+
+def expected(method: str, value: Any) -> float | None:
+    """``value`` as an expected density, or None. Raises ``PolicyError``."""
+    return None if value is None else share(method, "expected_density", value)
 
 
 def similarity(method: str, value: Any) -> float | None:

@@ -111,7 +111,14 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def launches_for(
-    dtype: torch.dtype, head_dim: int, *, segments: bool, kv_len: int = 8192, per_head: bool = False, **tile: Any
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    segments: bool,
+    kv_len: int = 8192,
+    per_head: bool = False,
+    skip: float = 0.0,
+    **tile: Any,
 ) -> list[Launch]:
     """Every launch of a selection and an attention: 32 query heads, 8 KV heads, blocks of 128, on a fake GPU."""
     with FakeTensorMode():
@@ -135,7 +142,7 @@ def launches_for(
         density = torch.empty(2, 32, device="cuda:0") if per_head else 0.1
         select, count, lists = select_launches(q, k, density=density, max_density=0.1, **shared)
         attend, _, _ = attend_launches(
-            q, k, v, count, lists, return_lse=True, implementation="triton", **shared, **tile
+            q, k, v, count, lists, return_lse=True, implementation="triton", skip=skip, **shared, **tile
         )
     return select + attend
 

@@ -70,6 +70,24 @@ def test_compiles_without_spills(
     compile_all(monkeypatch, capability, dtype, head_dim, segments=True)
 
 
+@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
+def test_skipping_compiles_without_spills(monkeypatch: pytest.MonkeyPatch, capability: spec.Capability) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: capability)
+    launches = launches_for(torch.bfloat16, 128, segments=True, skip=1e-3)
+    check_launches([one for one in launches if one.kernel.__name__ == "attend"], capability, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
+def test_skipping_compiles_without_spills_at_every_tuned_size(
+    monkeypatch: pytest.MonkeyPatch, capability: spec.Capability
+) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: capability)
+    for dtype, head_dim, segments in SLOW:
+        launches = launches_for(dtype, head_dim, segments=segments, skip=1e-3)
+        check_launches([one for one in launches if one.kernel.__name__ == "attend"], capability, dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
 @pytest.mark.parametrize(("dtype", "head_dim", "segments"), SLOW, ids=str)
