@@ -87,8 +87,8 @@ FILES = [
     path
     for folder in (
         *("sparsepass", "sparsepass/bench", "sparsepass/coverage", "sparsepass/methods", "sparsepass/testing"),
-        *("sparsepass/tasks", "sparsepass/tasks/tokens", "sparsepass/testbed", "sparsepass/tune"),
-        "sparsepass/calibrate",
+        *("sparsepass/tasks", "sparsepass/tasks/text", "sparsepass/tasks/tokens", "sparsepass/testbed"),
+        *("sparsepass/tune", "sparsepass/calibrate"),
         *("kernels", "patterns"),
     )
     for path in sorted((ROOT / folder).glob("*.py"))

@@ -85,7 +85,7 @@ def markdown(records: Sequence[Record], sweep: Sweep) -> str:
 
 NOTES = {
     HIDDEN_ROWS: "Compared with eager whose rows that see nothing give zero",
-    CAPTURED_OTHERWISE: 'Compared with `torch.compile(backend="eager")`, since the model itself, uncompiled, differs from that',
+    CAPTURED_OTHERWISE: 'Compared with `torch.compile(backend="eager")`, from which the uncompiled model differs',
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
@@ -23,3 +24,20 @@ def f1(predicted: Sequence[Hashable], gold: Sequence[Hashable]) -> float:
         return float(len(predicted) == len(gold))
     shared = (Counter(predicted) & Counter(gold)).total()
     return 2.0 * shared / (len(predicted) + len(gold))
+
+
+def in_place(predicted: Sequence[Hashable], gold: Sequence[Hashable]) -> float:
+    """Share of the gold items that stand in their place: the mean exact match of several questions at once."""
+    if not gold:
+        return float(not predicted)
+    return sum(mine == theirs for mine, theirs in zip(predicted, gold, strict=False)) / len(gold)
+
+
+def word_f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
+    """F1 over words without case, punctuation and articles, as for SQuAD (arXiv 1606.05250)."""
+    return f1(_words(predicted), _words(gold))
+
+
+def _words(items: Sequence[str]) -> list[str]:
+    found = re.findall(r"\w+", " ".join(items).casefold())
+    return [word for word in found if word not in ("a", "an", "the")]
