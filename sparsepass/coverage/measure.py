@@ -140,7 +140,8 @@ def _captured(model: Any, call: Call, got: Any) -> Record:
     dynamo.forget()
     args, kwargs = call.arguments()
     torch.manual_seed(0)
-    again = _difference(torch.compile(model, backend="eager", dynamic=False)(*args, **kwargs), got, call.real)
+    plain: Any = torch.compile(model, backend="eager", dynamic=False)
+    again = _difference(plain(*args, **kwargs), got, call.real)
     return again | {"note": CAPTURED_OTHERWISE} if again.get("equal") else {}
 
 

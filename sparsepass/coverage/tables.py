@@ -128,7 +128,7 @@ def _by_architecture(records: Sequence[Record]) -> list[str]:
         cells[record["arch"], record["kind"]][record["implementation"], record["phase"]] = (
             f"{done}/{sites}{mark}{fused}"
         )
-    for (arch, kind), held in cells.items():
+    for (arch, kind), held in sorted(cells.items()):
         rows.append(f"| {arch} | {kind} | " + " | ".join(held.get(column, "-") for column in columns) + " |")
     return rows
 
