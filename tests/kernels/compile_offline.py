@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,9 @@ from sparsepass.kernels.scores import Scores
 from sparsepass.kernels.select_scored_triton import scored_launches
 from sparsepass.kernels.select_triton import select_launches
 from sparsepass.kernels.spec import Capability
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+"""Every size with and without what is optional; else one of them, with all of it."""
 
 TYPES = {
     torch.float16: "fp16",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,10 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from sparsepass.kernels import sampled_triton, spec
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.sampled_triton import sampled_launches
-from tests.kernels.compile_offline import compile_launch, resources
+from tests.kernels.compile_offline import DEEP, compile_launch, resources
 from tests.kernels.test_compile_targets import MATRIX_INSTRUCTION, SHARED_LIMIT
 
-DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 SIZES = spec.CUDA.tuned_head_dims if DEEP else (256,)
 ALL = [(dtype, size, True) for dtype in (torch.bfloat16, torch.float32) for size in SIZES]
 

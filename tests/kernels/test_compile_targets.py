@@ -13,6 +13,7 @@ from sparsepass.kernels import attend_hopper, spec
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.sass import disassembled, unset_descriptor
 from tests.kernels.compile_offline import (
+    DEEP,
     compile_hopper,
     compile_launch,
     launches_for,
@@ -24,12 +25,16 @@ SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 MATRIX_INSTRUCTION = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
 FAST = [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64)]
 SIZES = spec.CUDA.tuned_head_dims
+SEGMENTS = (False, True) if DEEP else (True,)
 SLOW = [
-    *((torch.bfloat16, size, segments) for size in SIZES for segments in (False, True)),
-    *((torch.float32, size, segments) for size in SIZES for segments in (False, True)),
-    *((torch.float16, size, True) for size in (128, 256)),
+    *((torch.bfloat16, size, segments) for size in SIZES for segments in SEGMENTS),
+    *((torch.float32, size, segments) for size in SIZES for segments in SEGMENTS),
+    *((torch.float16, size, True) for size in (128, 256) if DEEP),
 ]
 """fp16 differs from bf16 in one conversion: two sizes of it are enough."""
+
+HOPPER = [(tile, torch.bfloat16) for tile in attend_hopper.TILES]
+HOPPER += [(tile, torch.float16) for tile in attend_hopper.TILES if DEEP or tile.dim == tile.keys == 128]
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +88,7 @@ def test_skipping_compiles_without_spills_at_every_tuned_size(
     monkeypatch: pytest.MonkeyPatch, capability: spec.Capability
 ) -> None:
     monkeypatch.setattr(spec, "_capability", lambda index: capability)
-    for dtype, head_dim, segments in SLOW:
+    for dtype, head_dim, segments in SLOW if DEEP else SLOW[2::5]:
         launches = launches_for(dtype, head_dim, segments=segments, skip=1e-3)
         check_launches([one for one in launches if one.kernel.__name__ == "attend"], capability, dtype)
 
@@ -144,8 +149,7 @@ def test_selection_compiles_for_every_row_length(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(attend_hopper.missing() is not None, reason="this Triton has not all of Gluon")
 @pytest.mark.parametrize("segments", [False, True], ids=["plain", "segments"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tile", attend_hopper.TILES, ids=lambda tile: f"d{tile.dim}-{tile.keys}")
+@pytest.mark.parametrize(("tile", "dtype"), HOPPER, ids=lambda x: f"d{x.dim}-{x.keys}" if hasattr(x, "dim") else str(x))
 def test_the_hopper_kernel_compiles(tile: attend_hopper.HopperTile, dtype: torch.dtype, segments: bool) -> None:
     compiled = compile_hopper(tile, dtype, segments=segments)
     used = resources(compiled)
