@@ -70,7 +70,7 @@ def test_nothing_is_compiled_of_what_is_not_there(monkeypatch: pytest.MonkeyPatc
     plain = launches_for(torch.bfloat16, 128, segments=False)
     launch = next(one for one in plain if one.kernel.__name__ == "attend")
     names = {
-        *("mask_ptr", "bias_ptr", "slopes_ptr", "sinks_ptr", "factor", "softcap", "hidden"),
+        *("mask_ptr", "bias_ptr", "slopes_ptr", "sinks_ptr", "factor", "softcap", "hidden", "skip"),
         *(f"{tensor}_stride_{dim}" for tensor in ("mask", "bias") for dim in "bhqk"),
         *("slopes_stride_b", "slopes_stride_h", "sinks_stride"),
     }
