@@ -115,7 +115,7 @@ def test_a_users_own_metric_and_samples_that_cannot_be_packed() -> None:
     assert score(model, sample, mode="forced", metric=share) == [0.75, 1.0]
     with pytest.raises(TaskError, match="take mode='forced'"):
         answer(model, dataclasses.replace(sample, gap=()), mode="packed")
-    with pytest.raises(TaskError, match="accepted are generate, forced, packed"):
+    with pytest.raises(TaskError, match="accepted are generate, forced, shared, packed"):
         answer(model, sample, mode="fast")  # type: ignore[arg-type]
 
 
@@ -126,10 +126,11 @@ def test_the_testbed_answers() -> None:
     model = testbed.load(dtype=torch.float32, device=device)
     for task in TOKEN_TASKS[:2]:
         sample = task.draw(512, 11, questions=4)
-        for mode in ("forced", "packed", "generate"):
+        for mode in ("forced", "shared", "packed", "generate"):
             scores = score(model, sample, mode=mode)  # type: ignore[arg-type]
             assert sum(scores) >= 3, (task.name, mode, scores)
-        assert answer(model, sample, mode="forced") == answer(model, sample)
+        forced = answer(model, sample, mode="forced")
+        assert forced == answer(model, sample, mode="shared") == answer(model, sample, mode="generate")
 
 
 def test_models_that_return_an_object_with_logits() -> None:

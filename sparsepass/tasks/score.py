@@ -1,18 +1,23 @@
 """Scores of a model on a sample: its questions answered under a task hint.
 
-What is sparse is the prefill. Three ways to answer, by how much they share and how near they are to a request:
+What is sparse is the prefill. Four ways to answer, by how much they share and how near they are to a request:
 
 - ``generate``: each question alone behind the context is prefilled, and the answer generated greedily; decoding is
   dense. What a user's request does.
 - ``forced``: each question alone with its right answer behind it, in one prefill. An answer's token is the most likely
   one after the right ones before it, so the whole answer is right exactly where greedy generation gives it, if the
   answer's tokens were sparse too.
+- ``shared``: as ``forced``, but the context is prefilled once, without a question, and its cache kept; then each
+  question's prefill follows it. What a server with a prefix cache does with many questions on one document. Selection
+  that looks at the last queries sees the context's for the context and the question's own for the question.
 - ``packed``: as ``forced``, with several questions behind one context, each in a query block of its own with filler
-  between them. Selection that works by query block sees each question alone; the work on the context is shared.
+  between them. Selection that works by query block sees each question alone; selection by the last queries of all, or
+  that computes the last blocks densely, does not, and looks worse than it is.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
@@ -25,7 +30,7 @@ from sparsepass.hints import Hint, task
 from sparsepass.tasks.base import Metric, Question, Sample, TaskError
 from sparsepass.tasks.metrics import exact_match
 
-Mode = Literal["generate", "forced", "packed"]
+Mode = Literal["generate", "forced", "shared", "packed"]
 
 ROOM = 0.25
 """Of a packed sequence, over the sample's length: what questions may add. So it stays in the same length bucket."""
@@ -46,12 +51,12 @@ def score(
     """One score per question, 0.0 to 1.0, in the sample's order, by the sample's metric if none is given.
 
     ``model``: a causal language model of transformers, or what maps ids [B, S] to logits [B, S, V] (not to
-    ``generate``). It runs as it is compiled, without gradients. ``mode``: ``packed`` by default where
-    answers must match exactly and the sample brings filler, ``generate`` elsewhere. ``align``: the query block in
-    tokens. Raises ``TaskError`` for an unknown mode, or to pack a sample without filler.
+    ``generate`` and ``shared``). It runs as it is compiled, without gradients. ``mode``: ``forced`` by default where
+    answers must match exactly, ``generate`` elsewhere. ``align``: the query block in tokens, for ``packed``.
+    Raises ``TaskError`` for an unknown mode, or to pack a sample without filler.
     """
     measure = metric or sample.metric
-    chosen = mode or ("packed" if sample.gap and measure is exact_match else "generate")
+    chosen = mode or ("forced" if measure is exact_match else "generate")
     answers = answer(model, sample, task_hint=task_hint, mode=chosen, align=align)
     return [measure(mine, question.answer) for mine, question in zip(answers, sample.questions, strict=True)]
 
@@ -108,6 +113,7 @@ def _rows(model: Any, sample: Sample, mode: Mode) -> list[tuple[int, ...]]:
     """Each question in a row of its own; rows of one length in batches of one size, so that none compiles anew."""
     answers: list[tuple[int, ...]] = [()] * len(sample.questions)
     sizes: dict[tuple[int, int], list[int]] = {}
+    cache = _prefilled(model, sample.context) if mode == "shared" else None
     for number, question in enumerate(sample.questions):
         sizes.setdefault((len(question.prompt), len(question.answer)), []).append(number)
     for (asked, size), numbers in sizes.items():
@@ -118,14 +124,17 @@ def _rows(model: Any, sample: Sample, mode: Mode) -> list[tuple[int, ...]]:
             mine = numbers[start : start + batch]
             filled = mine + [mine[-1]] * (batch - len(mine))
             questions = [sample.questions[number] for number in filled]
-            found = _batch(model, sample, questions, size, mode)
+            found = _batch(model, sample, questions, size, mode, cache)
             for number, row in zip(mine, found, strict=False):
                 answers[number] = tuple(row)
     return answers
 
 
-def _batch(model: Any, sample: Sample, questions: Sequence[Question], size: int, mode: Mode) -> list[list[int]]:
-    rows = [[*sample.context, *question.prompt] for question in questions]
+def _batch(
+    model: Any, sample: Sample, questions: Sequence[Question], size: int, mode: Mode, cache: Any
+) -> list[list[int]]:
+    context = () if mode == "shared" else sample.context
+    rows = [[*context, *question.prompt] for question in questions]
     start = len(rows[0])
     if mode == "generate":
         ids = torch.tensor(rows, device=_device(model))
@@ -136,17 +145,27 @@ def _batch(model: Any, sample: Sample, questions: Sequence[Question], size: int,
         generated: list[list[int]] = out[:, start:].tolist()
         return generated
     ids = torch.tensor([[*row, *question.answer] for row, question in zip(rows, questions, strict=True)])
-    forced: list[list[int]] = _best(model, ids, [start - 1 + place for place in range(size)]).tolist()
+    if cache is not None:
+        cache = copy.deepcopy(cache)  # calls append to it
+        cache.batch_repeat_interleave(len(rows))
+    forced: list[list[int]] = _best(model, ids, [start - 1 + place for place in range(size)], cache).tolist()
     return forced
 
 
-def _best(model: Any, tokens: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-    """The most likely next tokens [B, len(places)] after those at ``places`` of tokens [B, S]."""
+def _prefilled(model: Any, context: Sequence[int]) -> Any:
+    """The cache of the context, one row."""
+    ids = torch.tensor([context], device=_device(model))
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _best(model: Any, tokens: torch.Tensor, places: Sequence[int], cache: Any = None) -> torch.Tensor:
+    """The most likely next tokens [B, len(places)] after those at ``places`` of tokens [B, S], which follow a cache."""
     device = _device(model)
     where = torch.tensor(places, device=device)
     ids = tokens.to(device)
     if "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=where).logits.argmax(-1)  # type: ignore[no-any-return]
+        out = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=where)
+        return out.logits.argmax(-1)  # type: ignore[no-any-return]
     out = model(ids)
     return getattr(out, "logits", out)[:, where].argmax(-1)  # type: ignore[no-any-return]
 
