@@ -23,18 +23,23 @@ class Meter(Protocol):
     def run(self, task: str, length: int, seed: int, budget: Budget | None) -> Outcome: ...
 
 
+NOMINAL = 16
+"""Questions that a context is thought to have, where that is left to the task and the length."""
+
+
 @dataclass(frozen=True, slots=True)
 class Goal:
     """How safe is safe.
 
     ``loss``: tolerated share of the dense accuracy. ``confidence``: of each statement that a budget loses no more.
-    ``questions``: asked about each context. ``search`` and ``verify``: the most contexts per budget. ``least``: dense
+    ``questions``: asked about each context. ``search`` and ``verify``: the most contexts per budget; a task with fewer
+    questions per context gets more of them to be verified on. ``least``: dense
     accuracy under which there is nothing to keep.
     """
 
     loss: float = 0.01
     confidence: float = 0.95
-    questions: int = 16
+    questions: int = NOMINAL
     search: int = 8
     verify: int = 64
     least: float = 0.2
@@ -90,11 +95,11 @@ class Cell:
     density: float = 1.0
     """Share of the visible blocks computed under ``budget``; 1 without one."""
     accuracy: float = 0.0
-    """Dense, over all questions asked."""
+    """Dense, over the questions of the search."""
     loss: float = 0.0
     """Under ``budget``, on held-out samples."""
     high: float = 0.0
     """Its upper bound at the confidence asked for."""
     questions: int = 0
-    """Asked in all, dense ones not counted twice."""
+    """Asked in all under some budget."""
     trials: tuple[Trial, ...] = field(default=())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
-from sparsepass.calibrate.cell import Cell, Goal
+from sparsepass.calibrate.cell import NOMINAL, Cell, Goal
 from sparsepass.calibrate.log import Log
 from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.run import calibrate, check_goal, ladders
@@ -29,6 +29,8 @@ class Asked:
     model: Path | None = option(None, "Local checkpoint folder; default: the testbed.", _ASKED)
     testbed: str = option("small", "Size of the testbed, where no model is given.", _ASKED)
     tasks: tuple[str, ...] = option((), "Tasks by name; default: one of each class.", _ASKED)
+    documents: Path | None = option(None, "JSON lines of your own questions on your own documents.", _ASKED)
+    chat: bool = option(False, "Ask in the tokenizer's chat template.", _ASKED)
     weights: tuple[float, ...] = option((), "Of the tasks in the mix, in their order; default: all alike.", _ASKED)
     lengths: tuple[int, ...] = option((1024, 2048, 4096, 8192), "Tokens of context and question.", _ASKED)
     device: str = option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one.", _RUN)
@@ -50,9 +52,9 @@ class CalibrateOptions(Asked):
     )
     loss: float = option(0.05, "Tolerated share of the dense accuracy.", _SAFE)
     confidence: float = option(0.95, "That a verified budget loses no more, per task and length.", _SAFE)
-    questions: int = option(16, "Asked about each context.", _SAFE)
+    questions: int = option(0, "Asked about each context; 0: as many as share its prefill.", _SAFE)
     search: int = option(8, "Contexts per budget in the search, at most.", _SAFE)
-    verify: int = option(64, "Held-out contexts per budget that is verified, at most.", _SAFE)
+    verify: int = option(64, "Held-out contexts of 16 questions per budget that is verified, at most.", _SAFE)
     floors: int = option(0, "Contexts per task and length whose kept attention mass gives the policy floors.", _SAFE)
     time_limit: float = option(0.0, "Seconds after which no further cell is begun; 0: none.", _RUN)
     name: str = option("calibrated", "Of the policy.", _OUTPUT)
@@ -67,14 +69,14 @@ def run(options: CalibrateOptions) -> int:
     goal = Goal(
         options.loss,
         options.confidence,
-        options.questions,
+        options.questions or NOMINAL,
         options.search,
         options.verify,
         seed=options.seed,
     )
     check_goal(goal)
     budgets = ladders(options.methods)
-    with Session.open(options, [step for steps in budgets.values() for step in steps], goal.questions) as session:
+    with Session.open(options, [step for steps in budgets.values() for step in steps], options.questions) as session:
         weights = weights_of(options, session.tasks)
         total = len(options.lengths) * len(session.tasks) * len(budgets)
         with Bars("calibrating", total, quiet=options.as_json) as bars:
@@ -152,13 +154,18 @@ class Session:
 
     @staticmethod
     def open(options: Asked, budgets: Sequence[Any], questions: int) -> Session:
-        """Load the model, compile it for these budgets, open the log. Raises ``OptionError`` and others of ours."""
+        """Load the model, compile it for these budgets, open the log. Raises ``OptionError`` and others of ours.
+
+        ``questions``: asked about each context, 0 for as many as one sequence holds.
+        """
         from sparsepass.bench.options import Machine
         from sparsepass.bench.problem import DTYPES
         from sparsepass.bench.trial import device_of
         from sparsepass.calibrate.measure import ModelMeter
         from sparsepass.calibrate.switch import BudgetSwitch
         from sparsepass.fingerprint import fingerprint
+        from sparsepass.kernels.support import default_block
+        from sparsepass.tasks.score import questions_at_once, score
 
         device = device_of(Machine(device=options.device, threads=options.threads))
         dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
@@ -171,12 +178,15 @@ class Session:
 
             model = load_model(str(options.model), attn="sdpa", dtype=dtype, device=str(device))
         about = fingerprint(model)
-        tasks = tasks_of(options.tasks)
+        tasks = tasks_of(options)
+        align = max(int(budget.params.get("block") or default_block(device)) for budget in budgets)
         if options.again and options.log is not None:
             options.log.unlink(missing_ok=True)
-        log = Log(options.log, {**about, "questions": questions, "tasks": [task.name for task in tasks]})
+        asked = {"questions": questions, "block": align, "tasks": [task.name for task in tasks]}
+        log = Log(options.log, {**about, **asked})
         switch = BudgetSwitch(budgets, inductor=options.inductor)
-        meter = ModelMeter(model, tasks, switch, log, scorer(), questions)
+        share = questions or partial(questions_at_once, align=align)
+        meter = ModelMeter(model, tasks, switch, log, partial(score, align=align), share)
         return Session(model, tasks, meter, about, log)
 
     def __enter__(self) -> Session:
@@ -186,21 +196,35 @@ class Session:
         self.log.close()
 
 
-def scorer() -> Any:
-    """What answers the questions of a sample and scores them."""
-    module = importlib.import_module("sparsepass.tasks.score")
-    return module.score
+TEXT_MIX = ("text_needle", "text_story_retrieval", "text_tracking", "text_common_words")
+"""One task of each class, for models that read text."""
 
 
-def tasks_of(names: Sequence[str]) -> list[Task]:
-    """The tasks of these names, the four token-level ones if none is given. Raises ``OptionError``."""
+def tasks_of(options: Asked) -> list[Task]:
+    """The tasks asked for; by default one of each class, on token ids for the testbed, in words for other models.
+
+    Words are written with the model's own tokenizer. Raises ``OptionError`` and ``TaskError``.
+    """
+    from sparsepass.tasks.catalogue import catalogue
     from sparsepass.tasks.tokens import TOKEN_TASKS
 
-    known: dict[str, Task] = {task.name: task for task in TOKEN_TASKS}
-    for name in names:
+    tokenizer = None if options.model is None else tokenizer_of(options.model)
+    known = catalogue(tokenizer, chat=options.chat, documents=options.documents)
+    for name in options.tasks:
         if name not in known:
             raise OptionError(f"--tasks {name!r} is not known. {close_names(name, known)}")
-    return [known[name] for name in dict.fromkeys(names)] or list(known.values())
+    mix = TEXT_MIX if options.model is not None else tuple(task.name for task in TOKEN_TASKS)
+    return [known[name] for name in dict.fromkeys(options.tasks or mix)]
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a local checkpoint; None, for bytes, where the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError):
+        return None
 
 
 def weights_of(options: Asked, tasks: Sequence[Task]) -> dict[str, float]:

@@ -28,7 +28,7 @@ class EvaluateOptions(Asked):
     fixed: str = option("pooled_topk", "Fixed budgets: a method's own steps, name=0.05,0.1, or in full.", _SAFE)
     loss: float = option(0.05, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the one-sided bounds.", _SAFE)
-    questions: int = option(16, "Asked about each context.", _SAFE)
+    questions: int = option(0, "Asked about each context; 0: as many as share its prefill.", _SAFE)
     contexts: int = option(32, "Fresh contexts per task and length.", _SAFE)
     out: Path | None = option(None, "JSON file.", _OUTPUT)
     plots: Path | None = option(None, "Folder for plots.", _OUTPUT)
@@ -40,11 +40,11 @@ def run(options: EvaluateOptions) -> int:
 
     from sparsepass.policy import Policy, builtin_policy
 
-    if options.contexts < 2 or options.questions < 1:
-        raise OptionError("--contexts of 2 or more and --questions of 1 or more are accepted.")
+    if options.contexts < 2 or options.questions < 0:
+        raise OptionError("--contexts of 2 or more and --questions of 0 or more are accepted.")
     policy = builtin_policy() if options.policy is None else Policy.load(options.policy)
     fixed = ladder(options.fixed)
-    given = {policy_budget(policy, t.task_class, length) for t in tasks_of(options.tasks) for length in options.lengths}
+    given = {policy_budget(policy, t.task_class, length) for t in tasks_of(options) for length in options.lengths}
     budgets = [*fixed, *sorted((budget for budget in given if budget is not None), key=str)]
     with Session.open(options, budgets, options.questions) as session:
         if policy.calibrated and (other := differences(policy.calibrated, session.model)):

@@ -21,6 +21,10 @@ Scorer = Callable[..., Sequence[float]]
 """``scorer(model, sample, task_hint=...)``: one score per question of the sample, 0 to 1."""
 
 
+Questions = int | Callable[[int], int]
+"""How many to ask about a context: a number, or one for a length in tokens."""
+
+
 class MeasureError(SparsepassError, RuntimeError):
     """A model whose attention cannot be calibrated; the message says why."""
 
@@ -38,7 +42,7 @@ class ModelMeter:
     """
 
     def __init__(
-        self, model: Any, tasks: Sequence[Task], switch: BudgetSwitch, log: Log, score: Scorer, questions: int
+        self, model: Any, tasks: Sequence[Task], switch: BudgetSwitch, log: Log, score: Scorer, questions: Questions
     ) -> None:
         self.model = model
         self.switch = switch
@@ -48,7 +52,7 @@ class ModelMeter:
         self._score = score
         self._questions = questions
         self._sample: tuple[tuple[str, int, int], Sample] | None = None
-        model.compile(backend=switch)
+        model.compile(backend=switch, dynamic=True)  # lengths differ by a few tokens between tasks
 
     def run(self, task: str, length: int, seed: int, budget: Budget | None) -> Outcome:
         """The outcome of one context: its questions' scores under the budget, and what share was computed."""
@@ -83,5 +87,6 @@ class ModelMeter:
         """The sample; the last one is kept, as several budgets answer it one after the other."""
         key = (task, length, seed)
         if self._sample is None or self._sample[0] != key:
-            self._sample = (key, distinct(self._tasks[task].draw(length, seed, self._questions)))
+            count = self._questions if isinstance(self._questions, int) else self._questions(length)
+            self._sample = (key, distinct(self._tasks[task].draw(length, seed, count)))
         return self._sample[1]

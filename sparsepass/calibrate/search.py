@@ -29,6 +29,9 @@ all. When is told from what dense gets right, never from what is lost."""
 HELD_OUT = 1 << 32
 """Seeds of held-out samples begin here, those of the search at 0."""
 
+STRETCH = 4
+"""Where a context has fewer questions than were asked for, a verification takes so many times the contexts at most."""
+
 
 @dataclass
 class Search:
@@ -43,16 +46,17 @@ class Search:
     tick: Callable[[str], None] = lambda text: None
     trials: list[Trial] = field(default_factory=list)
     _asked: int = 0
+    _dense: Paired = field(default_factory=Paired)
+    """Dense alone, on every context of the search."""
+    _seen: set[int] = field(default_factory=set)
     _probed: dict[int, bool] = field(default_factory=dict)
 
     def run(self, start: int | None = None) -> Cell:
         """``start``: the place on the ladder where a search is likely to end, such as that of a length nearby."""
-        dense = Paired()
-        for place in range(2):  # enough to see whether the model can do the task at all
-            outcome = self._scores(place, None)
-            dense.add(outcome, outcome)
-        if dense.accuracy < self.goal.least:
-            return self._cell(Status.UNMEASURED, dense.accuracy)
+        for seed in range(2):  # enough to see whether the model can do the task at all
+            self._dense_scores(seed)
+        if self._dense.accuracy < self.goal.least:
+            return self._cell(Status.UNMEASURED)
         return self._verify(self._find(start))
 
     def _find(self, start: int | None) -> int:
@@ -89,7 +93,7 @@ class Search:
         paired, densities = Paired(), 0.0
         limit = self.goal.loss
         for seed in range(self.goal.search):
-            densities += self._add(paired, seed, budget)
+            densities += self._add(paired, seed, budget, self._dense_scores(seed))
             if paired.upper(LIKELY) <= limit or paired.lower(LIKELY) > limit:
                 break
         likely = paired.upper(LIKELY) <= limit or (paired.lower(LIKELY) <= limit and paired.loss <= limit / 2)
@@ -99,38 +103,51 @@ class Search:
     def _verify(self, place: int) -> Cell:
         error = 1.0 - self.goal.confidence
         doomed = False
-        paired = Paired()
         for attempt in range(ATTEMPTS):
             share = error / 2 ** min(attempt + 1, ATTEMPTS - 1)
             paired, densities = Paired(), 0.0
             needed = trials_needed(self.goal.loss, share / LOOKS)
             passed = doomed = False
             looked = 0
-            for seed in range(self.goal.verify):
+            for seed in range(STRETCH * self.goal.verify):
                 densities += self._add(paired, HELD_OUT + seed, self.budgets[place])
+                last = paired.questions >= self.goal.verify * self.goal.questions
+                last = last or seed + 1 == STRETCH * self.goal.verify
                 due = paired.least_trials >= needed * 3**looked if looked < LOOKS - 1 else False
-                if due or seed + 1 == self.goal.verify:
+                if due or last:
                     looked += 1
                     passed = paired.upper(share / LOOKS) <= self.goal.loss
                 doomed = paired.lower(share) > self.goal.loss
-                if passed or doomed:
+                if passed or doomed or last:
                     break
             trial = self._note(self.budgets[place], True, paired, densities, share / LOOKS, passed)
             if passed:
-                return self._cell(Status.SAFE, paired.accuracy, trial)
+                return self._cell(Status.SAFE, trial)
             if place == len(self.budgets) - 1:
                 break
             place += 1
-        last = place == len(self.budgets) - 1
-        return self._cell(Status.UNSAFE if doomed and last else Status.UNSHOWN, paired.accuracy)
+        return self._cell(Status.UNSAFE if doomed and place == len(self.budgets) - 1 else Status.UNSHOWN)
 
-    def _add(self, paired: Paired, seed: int, budget: Budget) -> float:
-        dense = self._scores(seed, None)
+    def _add(self, paired: Paired, seed: int, budget: Budget, dense: tuple[float, ...] | None = None) -> float:
+        """Ask about a context under the budget. Returns the share computed.
+
+        Without ``dense`` the dense model is asked only if something was wrong. Else it is taken to be right, which can
+        only raise the loss: what it may have got wrong there would have been gained.
+        """
         outcome = self.meter.run(self.task.name, self.length, self.goal.seed + seed, budget)
         self._asked += len(outcome.scores)
         self.tick(f"{self.task.name} {self.length} {budget}")
+        if dense is None:
+            dense = outcome.scores if min(outcome.scores) >= 1 else self._scores(seed, None)
         paired.add(dense, outcome.scores)
         return outcome.density
+
+    def _dense_scores(self, seed: int) -> tuple[float, ...]:
+        scores = self._scores(seed, None)
+        if seed not in self._seen:
+            self._seen.add(seed)
+            self._dense.add(scores, scores)
+        return scores
 
     def _scores(self, seed: int, budget: Budget | None) -> tuple[float, ...]:
         return self.meter.run(self.task.name, self.length, self.goal.seed + seed, budget).scores
@@ -152,9 +169,9 @@ class Search:
         self.trials.append(trial)
         return trial
 
-    def _cell(self, status: Status, accuracy: float, trial: Trial | None = None) -> Cell:
+    def _cell(self, status: Status, trial: Trial | None = None) -> Cell:
         head = (self.task.name, self.task.task_class, self.length, self.method, status)
-        asked, trials = self._asked, tuple(self.trials)
+        asked, trials, accuracy = self._asked, tuple(self.trials), self._dense.accuracy
         if trial is None:
             return Cell(*head, accuracy=accuracy, questions=asked, trials=trials)
         return Cell(*head, trial.budget, trial.density, accuracy, trial.loss, trial.high, asked, trials)

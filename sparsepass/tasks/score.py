@@ -93,6 +93,11 @@ def _packed(model: Any, sample: Sample, align: int) -> Iterator[tuple[int, ...]]
             best = best[len(question.answer) :]
 
 
+def questions_at_once(length: int, align: int = 64) -> int:
+    """How many questions share one packed sequence behind a context of ``length`` tokens, if each takes a block."""
+    return 1 + int(ROOM * length) // align
+
+
 def _groups(sample: Sample, align: int) -> Iterator[list[Question]]:
     """Questions that share a sequence: at least one, and as many as ``ROOM`` has blocks for."""
     room, group = int(ROOM * sample.length), list[Question]()
