@@ -79,13 +79,18 @@ def shuffled(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[st
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` as the replay of a CUDA graph."""
+    """``run`` as the replay of a CUDA graph. It holds ``run``, and with it the tensors that the graph writes to."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        return run
+
+    return replay
 
 
 def tokens(length: int) -> tuple[Tensor, Tensor, Tensor]:
