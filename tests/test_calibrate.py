@@ -199,6 +199,8 @@ def test_steps_run_from_sparse_to_dense() -> None:
     kept = ladder("pooled_topk(density=0.1, block=64)")
     assert {budget.params["block"] for budget in kept} == {64}
     assert len(kept) == len(DENSITIES)
+    both = ladder("pooled_topk(density=0.1, block=64)=0.2,0.1")
+    assert [(budget.params["density"], budget.params["block"]) for budget in both] == [(0.1, 64), (0.2, 64)]
     for bad in ("dense", "pooled_top", "pooled_topk=a", "pooled_topk=0"):
         with pytest.raises((OptionError, PolicyError)):
             ladder(bad)
