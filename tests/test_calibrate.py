@@ -15,6 +15,7 @@ from sparsepass.calibrate.ladder import ladder
 from sparsepass.calibrate.log import Log
 from sparsepass.calibrate.report import html, table
 from sparsepass.calibrate.run import calibrate, check_goal, ladders
+from sparsepass.calibrate.search import HELD_OUT
 from sparsepass.errors import OptionError, PolicyError
 from sparsepass.hints import Level
 from sparsepass.policy import Policy
@@ -90,6 +91,23 @@ def test_finds_the_sparsest_safe_budget_with_few_questions() -> None:
     assert runs < grid / 2
     assert found.fixed().budget == Budget("pooled_topk", {"density": 0.5})
     assert 0.2 < found.mean_density() < 0.3
+
+
+def test_dense_is_only_asked_where_something_was_wrong() -> None:
+    meter = MadeUp({("single", 1024): 0.12}, dense=0.99)
+    (cell,) = calibrate(meter, [SINGLE], [1024], STEPS, Goal(loss=0.05)).cells
+    held_out = [run for run in meter.asked["single", 1024] if run[0] >= HELD_OUT]
+    dense = [seed for seed, budget in held_out if budget == "dense"]
+    assert cell.status is Status.SAFE
+    assert 0 < len(dense) < len(held_out) / 3
+    assert all(min(meter.run("single", 1024, seed, cell.budget).scores) < 1 for seed in dense)
+
+
+def test_a_task_with_few_questions_gets_more_contexts() -> None:
+    meter = MadeUp({("single", 1024): 0.12}, questions=4)
+    (cell,) = calibrate(meter, [SINGLE], [1024], STEPS, Goal(loss=0.05, verify=12)).cells
+    assert cell.status is Status.SAFE
+    assert cell.trials[-1].questions > 4 * 12
 
 
 @pytest.mark.parametrize("together", [0.0, 0.3])
@@ -181,6 +199,8 @@ def test_steps_run_from_sparse_to_dense() -> None:
     kept = ladder("pooled_topk(density=0.1, block=64)")
     assert {budget.params["block"] for budget in kept} == {64}
     assert len(kept) == len(DENSITIES)
+    both = ladder("pooled_topk(density=0.1, block=64)=0.2,0.1")
+    assert [(budget.params["density"], budget.params["block"]) for budget in both] == [(0.1, 64), (0.2, 64)]
     for bad in ("dense", "pooled_top", "pooled_topk=a", "pooled_topk=0"):
         with pytest.raises((OptionError, PolicyError)):
             ladder(bad)

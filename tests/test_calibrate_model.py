@@ -13,21 +13,25 @@ import torch
 from typer.testing import CliRunner
 
 import sparsepass
-from sparsepass import dynamo
+from sparsepass import dynamo, testbed
 from sparsepass.calibrate import command
 from sparsepass.calibrate.ladder import ladder
 from sparsepass.calibrate.log import Log
 from sparsepass.calibrate.measure import MeasureError, ModelMeter
+from sparsepass.calibrate.result import CLASSES
 from sparsepass.calibrate.switch import BudgetSwitch
 from sparsepass.cli import app
+from sparsepass.errors import OptionError
 from sparsepass.fingerprint import differences, fingerprint
 from sparsepass.policy import Policy
 from sparsepass.tasks.base import Question, Sample
+from sparsepass.tasks.score import questions_at_once, score
+from sparsepass.tasks.tokens import TOKEN_TASKS
 from sparsepass.types import Budget, TaskClass
 from tests.test_calibrate import Named
 from tests.tiny import SPARSE_OPTIONS, model, tokens
 
-STEPS = ladder("pooled_topk(density=0.1, block=64)")
+STEPS = ladder("pooled_topk(density=0.1, block=64)")[-3:]
 
 
 class Echo(Named):
@@ -82,8 +86,31 @@ def test_budgets_are_switched_within_one_graph(llama: Any) -> None:
     assert densities == sorted(densities)
     assert densities[-1] == pytest.approx(0.7, abs=0.05)
     assert teacher.calls == meter.runs == 1 + len(STEPS)
-    meter.run("echo", 1024, 0, STEPS[3])
+    meter.run("echo", 1024, 0, STEPS[1])
     assert teacher.calls == meter.runs
+
+
+def test_the_trained_testbed_is_asked_by_the_real_score(fresh_dynamo: None) -> None:
+    """Right densely, and with every block through the sparse kernel; wrong with hardly any."""
+    few, all_blocks = ladder("pooled_topk=0.03,1.0")
+    switch = BudgetSwitch((few, all_blocks))
+    trained = testbed.load(dtype=torch.float32)
+    meter = ModelMeter(trained, TOKEN_TASKS[:1], switch, Log(None, {}), score, questions_at_once)
+    right = meter.run("token_needle", 2048, 0, None)
+    assert len(right.scores) > 3  # as many questions as share a prefill of 2048 tokens and a quarter
+    assert set(right.scores) == {1.0}
+    assert meter.run("token_needle", 2048, 0, all_blocks) == right
+    sparse = meter.run("token_needle", 2048, 0, few)
+    assert sum(sparse.scores) < len(right.scores)
+    assert sparse.density < 0.5
+
+
+def test_the_tasks_of_a_model_that_reads_text(tmp_path: Path) -> None:
+    names = [task.name for task in command.tasks_of(command.CalibrateOptions(model=tmp_path))]
+    assert names == list(command.TEXT_MIX)
+    assert {task.task_class for task in command.tasks_of(command.CalibrateOptions())} == set(CLASSES)
+    with pytest.raises(OptionError, match="token_needle"):
+        command.tasks_of(command.CalibrateOptions(tasks=("token_nedle",)))
 
 
 def test_a_model_without_sparse_attention_is_refused(fresh_dynamo: None) -> None:

@@ -23,16 +23,17 @@ STEPS: dict[str, tuple[float, ...]] = {
 def ladder(text: str, length: int | None = None) -> tuple[Budget, ...]:
     """The budgets of ``pooled_topk``, ``pooled_topk=0.05,0.1,0.3`` or ``top_p(coverage=0.9, stride=8)``, in order.
 
-    In the last form every parameter but the dial is kept. ``length``: leave out windows that hold all of it. Raises
-    ``OptionError`` or ``PolicyError``.
+    In the last form every parameter but the dial is kept; ``=0.5,0.9`` may follow it. ``length``: leave out windows
+    that hold all of it. Raises ``OptionError`` or ``PolicyError``.
     """
     known = {method.name: method for method in METHODS if method.dial is not None}
     name, equals, values = text.partition("=")
     fixed: dict[str, Any] = {}
     if "(" in name:
-        budget = decode_budget(text)
-        name, values, fixed = budget.method, "", dict(budget.params)
-        equals = ""
+        written, bracket, after = text.rpartition(")")
+        budget = decode_budget(written + bracket)
+        name, fixed = budget.method, dict(budget.params)
+        _, equals, values = after.partition("=")
     if name not in known:
         raise OptionError(f"The method {name!r} cannot be calibrated. {close_names(name, known)}")
     dial = known[name].dial
