@@ -28,17 +28,25 @@ struct Call {
   const int32_t *counts;     // strides below, last dimension contiguous
   const int32_t *indices;    // idem
   const int32_t *q_segments, *kv_segments;  // [B, Sq], [B, Skv] contiguous, or null
+  const uint8_t* mask;       // strides below (0 where shared), or null: 0 hides
+  const void* bias;          // idem, added to the scores; at most `hidden` hides
+  const float *slopes;       // [B or 1, H] contiguous, or null: times key minus query position, added
+  const float *sinks;        // [H], or null: logits without a value
+  const int8_t* blocks;      // [B or 1, H or 1, q_blocks, kv_blocks], or null: 2 where mask and bias hide nothing
   int64_t batch, heads, kv_heads, q_len, kv_len, dim, v_dim;
   int64_t q_block, kv_block, left, right, offset;
   int64_t q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s;
   int64_t counts_b, counts_h, indices_b, indices_h, indices_i;
-  double scale;
+  int64_t mask_b, mask_h, mask_q, mask_k, bias_b, bias_h, bias_q, bias_k;
+  int64_t slopes_b, blocks_b, blocks_h, bias_bf16;
+  double scale, softcap, hidden, skip;  // softcap 0: none; skip -inf: no block is skipped
   int64_t bf16;
 };
 
 namespace {
 
 constexpr int64_t STEP_KEYS = 512;
+constexpr int64_t PART_DIM = 256;  // dimensions summed at a time: longer sums in fp32 err more than a dense kernel's
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 enum Status { DONE = 0, BAD_INDEX = 1, FAILED = 2 };
@@ -64,6 +72,17 @@ inline float exp_nonpositive(float x) {
   float power;
   std::memcpy(&power, &bits, 4);
   return p * power;
+}
+
+// Odd polynomial near 0, where 1 - exp(-2x) would lose digits; both err by a few units in the last place of fp32.
+inline float tanh_of(float x) {
+  const float a = std::fabs(x), e = exp_nonpositive<6>(-2.0f * a), x2 = x * x;
+  float p = -8.8632355e-3f * x2 + 2.1869488e-2f;
+  p = p * x2 - 5.3968254e-2f;
+  p = p * x2 + 0.13333333f;
+  p = p * x2 - 0.33333333f;
+  const float near = a + a * (p * x2), far = (1.0f - e) / (1.0f + e);
+  return std::copysign(a < 0.35f ? near : far, x);
 }
 
 inline void store_one(float* at, float x) { *at = x; }
@@ -102,7 +121,10 @@ class Attend {
   const Call& c;
   const int64_t q_blocks, kv_blocks, step, group;
   const float scale;
+  const bool changed;             // scaled scores are changed before the softmax
   const bool prescale;            // a scale of 0 or less would turn the -inf of hidden pairs into something else
+  const float skip;
+  const bool skips;
   const float late_scale;         // the scale that is left to the softmax
   Buffer<T> keys;                 // packed blocks
   Buffer<T> values;               // packed blocks, bf16 only
@@ -121,7 +143,10 @@ class Attend {
         step(std::max<int64_t>(1, STEP_KEYS / c.kv_block)),
         group(c.heads / c.kv_heads),
         scale(static_cast<float>(c.scale)),
-        prescale(!(scale > 0.0f)),
+        changed(c.softcap > 0.0 || c.slopes || c.bias),
+        prescale(changed || !(scale > 0.0f)),
+        skip(static_cast<float>(c.skip)),
+        skips(skip > NONE),
         late_scale(prescale ? 1.0f : scale),
         keys(c.batch * c.kv_heads * kv_blocks * c.kv_block * c.dim),
         values(PACKED ? c.batch * c.kv_heads * kv_blocks * c.kv_block * c.v_dim : 0),
@@ -179,13 +204,14 @@ class Attend {
     const int64_t width = step * c.kv_block;
     Buffer<float> scores(c.q_block * width), acc(c.q_block * c.v_dim), top(c.q_block), total(c.q_block);
     Buffer<T> weights(PACKED ? c.q_block * width : 0);
+    Buffer<int64_t> kept(step);
     const int64_t tasks = c.batch * c.heads * q_blocks;
     for (int64_t i = next++; i < tasks && status == DONE; i = next++) {
       try {
         // Long causal rows come last in a head: drawing from the end keeps the threads busy to the end.
         const int64_t task = tasks - 1 - i;
         row(task / q_blocks / c.heads, task / q_blocks % c.heads, task % q_blocks, scores.data, weights.data, acc.data,
-            top.data, total.data);
+            top.data, total.data, kept.data);
       } catch (...) {
         status = FAILED;
       }
@@ -193,7 +219,7 @@ class Attend {
     cpublas::brgemm_release(PACKED);
   }
 
-  void row(int64_t b, int64_t h, int64_t qi, float* scores, T* weights, float* acc, float* top, float* total) {
+  void row(int64_t b, int64_t h, int64_t qi, float* scores, T* weights, float* acc, float* top, float* total, int64_t* kept) {
     const int64_t first = qi * c.q_block, rows = std::min(c.q_block, c.q_len - first);
     const int64_t source = (b * c.kv_heads + h / group) * kv_blocks, width = step * c.kv_block;
     const T* q = at(c.q, b * c.q_b + h * c.q_h + first * c.q_s);
@@ -201,29 +227,38 @@ class Attend {
     const int32_t count = c.counts[b * c.counts_b + h * c.counts_h + qi];
     const int32_t* list = c.indices + b * c.indices_b + h * c.indices_h + qi * c.indices_i;
     std::fill(acc, acc + rows * c.v_dim, 0.0f);
-    std::fill(top, top + rows, NONE);
-    std::fill(total, total + rows, 0.0f);
+    const float sink = c.sinks ? c.sinks[h] : NONE;  // as a key already seen, whose value is 0
+    std::fill(top, top + rows, sink);
+    std::fill(total, total + rows, sink == NONE ? 0.0f : 1.0f);
+    const int8_t* states = c.blocks ? c.blocks + b * c.blocks_b + h * c.blocks_h + qi * kv_blocks : nullptr;
     for (int64_t low = 0; low < count; low += step) {
-      const int64_t blocks = std::min<int64_t>(step, count - low);
-      int64_t used = 0;
-      for (int64_t n = 0; n < blocks; ++n) {
-        const int64_t block = list[low + n];
+      const int64_t listed = std::min<int64_t>(step, count - low);
+      int64_t used = 0, blocks = 0;
+      for (int64_t i = 0; i < listed; ++i) {
+        const int64_t block = list[low + i], n = blocks;
         if (block < 0 || block >= kv_blocks) {
           status = BAD_INDEX;
           return;
         }
         float* s = scores + n * c.kv_block;
         const int64_t columns = PACKED ? c.kv_block : held(block);
-        cpublas::brgemm(rows, columns, c.dim, c.q_s, c.kv_block, width, false, q, keys.data + (source + block) * c.kv_block * c.dim, s, PACKED);
+        const T* packed = keys.data + (source + block) * c.kv_block * c.dim;
+        for (int64_t d = 0; d < c.dim; d += PART_DIM) {  // keys are packed dimension by dimension, so that parts follow
+          cpublas::brgemm(rows, columns, std::min(PART_DIM, c.dim - d), c.q_s, c.kv_block, width, d > 0, q + d, packed + d * c.kv_block, s, PACKED);
+        }
+        if (changed) change(b, h, first, rows, block, columns, s, width);
+        hide(b, h, first, rows, block, columns, (c.mask || c.bias) && !(states && states[block] == 2), s, width);
+        if (skips && skipped(s, rows, columns, width, scores, n * c.kv_block, top)) continue;
         used = n * c.kv_block + columns;
-        hide(b, first, rows, block, columns, s, width);
+        kept[blocks++] = block;
       }
+      if (!blocks) continue;
       for (int64_t i = 0; i < rows; ++i) soften(scores + i * width, used, weights + i * width, acc + i * c.v_dim, top[i], total[i]);
       for (int64_t n = 0; n < blocks; ++n) {
-        const int64_t block = list[low + n];
+        const int64_t block = kept[n];
         const int64_t columns = PACKED ? c.kv_block : held(block);
         if (bad_values.data[source + block]) {
-          add_seen(b, first, rows, block, scores + n * c.kv_block, weights + n * c.kv_block, width, v, acc);
+          add_seen(b, h, first, rows, block, scores + n * c.kv_block, weights + n * c.kv_block, width, v, acc);
         } else if constexpr (PACKED) {
           cpublas::brgemm(rows, c.v_dim, columns, width, c.v_dim, c.v_dim, true, weights + n * c.kv_block, values.data + (source + block) * c.kv_block * c.v_dim, acc);
         } else {
@@ -251,10 +286,64 @@ class Attend {
     return segment != -1 && segment == (c.q_segments ? c.q_segments[b * c.q_len + query] : 0);
   }
 
+  float bias_at(int64_t place) const {
+    return c.bias_bf16 ? load_one(static_cast<const at::BFloat16*>(c.bias) + place) : static_cast<const float*>(c.bias)[place];
+  }
+
+  bool hidden_by_scores(int64_t b, int64_t h, int64_t query, int64_t key) const {
+    if (c.mask && !c.mask[b * c.mask_b + h * c.mask_h + query * c.mask_q + key * c.mask_k]) return true;
+    return c.bias && bias_at(b * c.bias_b + h * c.bias_h + query * c.bias_q + key * c.bias_k) <= static_cast<float>(c.hidden);
+  }
+
+  template <typename B>
+  void add_bias(float* s, const B* bias, int64_t count) const {
+    const int64_t step = c.bias_k;
+    if (step == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) s[j] += load_one(bias + j);
+    } else {
+      for (int64_t j = 0; j < count; ++j) s[j] += load_one(bias + j * step);
+    }
+  }
+
+  template <typename B>
+  void hide_by_bias(float* s, const B* bias, int64_t count) const {
+    const int64_t step = c.bias_k;
+    const float hidden = static_cast<float>(c.hidden);
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) s[j] = load_one(bias + j * step) <= hidden ? NONE : s[j];
+  }
+
+  // Scale, soft cap, slope and bias, in this order.
+  void change(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t block, int64_t columns, float* s, int64_t width) const {
+    const int64_t count = held(block), start = block * c.kv_block;
+    const float cap = static_cast<float>(c.softcap), factor = cap > 0.0f ? static_cast<float>(c.scale / c.softcap) : scale;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* at = s + i * width;
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) at[j] *= factor;
+      if (cap > 0.0f) {
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) at[j] = cap * tanh_of(at[j]);
+      }
+      if (c.slopes) {
+        const float slope = c.slopes[b * c.slopes_b + h];
+        const int64_t distance = start - (first + i + c.offset);
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) at[j] += slope * static_cast<float>(distance + j);
+      }
+      if (c.bias) {
+        const int64_t place = b * c.bias_b + h * c.bias_h + (first + i) * c.bias_q + start * c.bias_k;
+        if (c.bias_bf16) add_bias(at, static_cast<const at::BFloat16*>(c.bias) + place, count);
+        else add_bias(at, static_cast<const float*>(c.bias) + place, count);
+      }
+    }
+  }
+
   // Set the scores of hidden pairs of one block to -inf; scale them where the softmax cannot.
-  void hide(int64_t b, int64_t first, int64_t rows, int64_t block, int64_t columns, float* s, int64_t width) const {
-    const bool ragged = held(block) < columns;
-    if (!prescale && !c.kv_segments && !ragged) {
+  void hide(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t block, int64_t columns, bool by_scores, float* s, int64_t width) const {
+    const bool ragged = held(block) < columns, late = prescale && !changed;
+    if (!late && !c.kv_segments && !ragged && !by_scores) {
       int64_t from, to, last_from, last_to;  // the band is monotonic: what first and last row see whole, all do
       shown(first, block, from, to);
       shown(first + rows - 1, block, last_from, last_to);
@@ -264,7 +353,7 @@ class Attend {
       float* at = s + i * width;
       int64_t from, to;
       shown(first + i, block, from, to);
-      if (prescale) {
+      if (late) {
 #pragma omp simd
         for (int64_t j = 0; j < columns; ++j) at[j] *= scale;
       }
@@ -282,7 +371,38 @@ class Attend {
           for (int64_t j = from; j < to; ++j) at[j] = of_key[j] == own ? at[j] : NONE;
         }
       }
+      if (by_scores && c.mask) {
+        const uint8_t* shows = c.mask + b * c.mask_b + h * c.mask_h + (first + i) * c.mask_q + block * c.kv_block * c.mask_k;
+        const int64_t step_k = c.mask_k;
+#pragma omp simd
+        for (int64_t j = from; j < to; ++j) at[j] = shows[j * step_k] ? at[j] : NONE;
+      }
+      if (by_scores && c.bias) {
+        const int64_t place = b * c.bias_b + h * c.bias_h + (first + i) * c.bias_q + (block * c.kv_block + from) * c.bias_k;
+        if (c.bias_bf16) hide_by_bias(at + from, static_cast<const at::BFloat16*>(c.bias) + place, to - from);
+        else hide_by_bias(at + from, static_cast<const float*>(c.bias) + place, to - from);
+      }
     }
+  }
+
+  // Whether all rows have met scores before that leave this block weights of less than exp(c.skip): in earlier steps
+  // (`top`), or in the blocks of this one, whose scores lie in front of it (`before` of them in a row).
+  bool skipped(const float* s, int64_t rows, int64_t columns, int64_t width, const float* scores, int64_t before, const float* top) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      float here = NONE, met = NONE;
+      int nan = 0;
+#pragma omp simd reduction(max : here) reduction(| : nan)
+      for (int64_t j = 0; j < columns; ++j) {
+        here = s[i * width + j] > here ? s[i * width + j] : here;
+        nan |= s[i * width + j] != s[i * width + j];
+      }
+      if (nan) return false;
+      if (here == NONE) continue;  // the row sees nothing of it
+#pragma omp simd reduction(max : met)
+      for (int64_t j = 0; j < before; ++j) met = scores[i * width + j] > met ? scores[i * width + j] : met;
+      if (!(here * late_scale < std::max(top[i], met * late_scale) + skip)) return false;
+    }
+    return true;
   }
 
   // One row of one step of the online softmax; weights replace the scores in fp32.
@@ -312,13 +432,14 @@ class Attend {
 
   // Product with a block of values of which some are not finite: pairs that are hidden must not meet them, as 0 * inf
   // is NaN. Rare, so plain.
-  void add_seen(int64_t b, int64_t first, int64_t rows, int64_t block, const float* s, const T* weights, int64_t width, const T* v, float* acc) const {
+  void add_seen(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t block, const float* s, const T* weights, int64_t width, const T* v, float* acc) const {
     for (int64_t i = 0; i < rows; ++i) {
       int64_t from, to;
       shown(first + i, block, from, to);
       for (int64_t j = from; j < to; ++j) {
         const int64_t key = block * c.kv_block + j;
         if (c.kv_segments && !same_segment(b, first + i, key)) continue;
+        if ((c.mask || c.bias) && hidden_by_scores(b, h, first + i, key)) continue;
         const float w = PACKED ? load_one(weights + i * width + j) : s[i * width + j];
         for (int64_t d = 0; d < c.v_dim; ++d) acc[i * c.v_dim + d] += w * load_one(v + key * c.v_s + d);
       }

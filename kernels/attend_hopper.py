@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.sass import disassembled, unset_descriptor
+from sparsepass.kernels.scores import Scores
 from sparsepass.kernels.spec import capability_of
 
 LOG2E = 1.4426950408889634
@@ -70,8 +72,22 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, *, scale: float, q_block: int, kv_block: int) -> str | None:
+def why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    q_block: int,
+    kv_block: int,
+    scores: Scores | None = None,
+    skip: float = 0.0,
+) -> str | None:
     """None where the kernel takes these inputs, else a sentence."""
+    if scores is not None and scores.given:
+        return "It changes no scores: no soft cap, slopes, bias, mask tensor or sinks."
+    if skip > 0:
+        return "It skips no listed block."
     if q.device.type != "cuda" or capability_of(q.device)[0] != 9:
         return "It runs on Hopper GPUs (compute capability 9.0) alone."
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -131,6 +147,8 @@ def launch(
     q_block: int,
     kv_block: int,
     tile: HopperTile | None = None,
+    scores: Scores | None = None,
+    skip: float = 0.0,
 ) -> Launch | str:
     """The launch over ordered lists (``partition_launches``), or why there can be none. ``tile`` overrides ``TILES``.
 
@@ -138,7 +156,7 @@ def launch(
     may have spoilt it. ``ticket`` int32 [1] is 0 when the kernel starts. ``common``: the arguments shared with the
     kernels of ``attend_tiles_triton.py``.
     """
-    reason = why_not(q, k, v, scale=scale, q_block=q_block, kv_block=kv_block)
+    reason = why_not(q, k, v, scale=scale, q_block=q_block, kv_block=kv_block, scores=scores, skip=skip)
     if reason is None and not _copyable(out):
         reason = f"The copy engine needs rows aligned to 16 bytes; the output has head size {out.shape[3]}."
     if reason is not None:
@@ -197,13 +215,19 @@ _compiled: dict[Hashable, str | None] = {}
 def _compile(launch: Launch) -> str | None:
     try:
         compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
-        reason = unsound(compiled.asm["ttgir"])
+        reason = unsound(compiled.asm["ttgir"]) or misread(compiled.asm["cubin"])
     except Exception as error:  # a Triton that this was never tried with may fail in any way
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     if reason is not None:
         log.warning("The Hopper kernel is not used, plain Triton is: %s", reason)
         return f"It does not compile here: {reason}"
     return None
+
+
+def misread(cubin: bytes) -> str | None:
+    """None if no product of matrices reads from a place that was not set, as far as the machine code can be had."""
+    code = disassembled(cubin)
+    return None if code is None else unset_descriptor(code)
 
 
 def unsound(ttgir: str) -> str | None:

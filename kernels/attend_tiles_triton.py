@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sparsepass.kernels.launch import VARYING
+from sparsepass.kernels.terms_triton import changed_scores
 from sparsepass.kernels.visible_triton import program_place, visible_pairs
 
 
@@ -35,19 +36,34 @@ def fold_block(
     v_dim_mask,
     q_stride_d,
     k_stride_d,
+    q_tail,
+    k_tail,
+    factor,
+    softcap,
+    slope,
+    bias_row,
+    bias_stride,
+    mask_row,
+    mask_stride,
+    hidden,
+    skip,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DIM_STEP: tl.constexpr,
+    TAIL: tl.constexpr,
     EVEN_DV: tl.constexpr,
     SIGN: tl.constexpr,
     MASKED: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    CHANGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax: folds the keys ``start .. start + KEYS`` into (acc, total, top, flag).
 
-    ``top`` is the running maximum of the raw scores; ``flag`` turns 1 at a masked block with a non-finite value.
+    ``top`` is the running maximum of the scores as they go into exp2 but for ``log2_scale``; ``flag`` turns 1 at a
+    masked block with a non-finite value. ``factor`` to ``hidden``: ``kernels/terms_triton.py``.
+    ``skip``: binary logarithm of a weight; keys that have less in every row are left out. None: none are.
     """
     k_ptrs = k_tile + start.to(tl.int64) * k_stride_s
     v_ptrs = v_tile + start.to(tl.int64) * v_stride_s
@@ -59,11 +75,15 @@ def fold_block(
         there = tl.full([KEYS], 1, tl.int1)
 
     if DIM_STEP == BLOCK_D:
-        if MASKED or HEAD_DIM != BLOCK_D:
+        if MASKED or HEAD_DIM < BLOCK_D:
             k = tl.load(k_ptrs, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[:, None] & there[None, :], other=0.0)
         else:
             k = tl.load(k_ptrs)
         scores = tl.dot(q, k, input_precision=PRECISION)
+        if TAIL > 0:
+            tail = (tl.arange(0, TAIL) < HEAD_DIM - BLOCK_D)[:, None]
+            k = tl.load(k_tail + start.to(tl.int64) * k_stride_s, mask=tail & there[None, :], other=0.0)
+            scores = tl.dot(q_tail, k, scores, input_precision=PRECISION)
     else:  # q is then a tile of pointers
         scores = tl.zeros([q.shape[0], KEYS], tl.float32)
         for begin in tl.static_range(0, BLOCK_D, DIM_STEP):
@@ -74,25 +94,45 @@ def fold_block(
             scores += tl.dot(q_part, k_part, input_precision=PRECISION)
     if SIGN != 1:
         scores = scores * SIGN
+    if CHANGED:
+        key = start + tl.arange(0, KEYS)
+        distance = key[None, :] - position[:, None]
+        scores = changed_scores(scores, factor, softcap, slope, distance, v_tile.dtype.element_ty == tl.float32)
+    if bias_row is not None:
+        at = bias_row[:, None] + (start + tl.arange(0, KEYS)).to(tl.int64)[None, :] * bias_stride
+        bias = tl.load(at, mask=inside[:, None] & there[None, :], other=0.0).to(tl.float32)
+        scores = scores + bias * 1.4426950408889634
+        if MASKED:
+            visible = visible & ((bias <= hidden) == 0)
     if MASKED:
+        if mask_row is not None:
+            at = mask_row[:, None] + (start + tl.arange(0, KEYS)).to(tl.int64)[None, :] * mask_stride
+            visible = visible & (tl.load(at, mask=inside[:, None] & there[None, :], other=0) != 0)
         scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen nothing yet has top -inf, and -inf - -inf is NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top) * log2_scale
-    weights = tl.math.exp2(scores * log2_scale - base[:, None])
-    decay = tl.math.exp2(top * log2_scale - base)
-    total = total * decay + tl.sum(weights, 1)
-    acc = acc * decay[:, None]
-    if MASKED:
-        v = tl.load(v_ptrs, mask=v_dim_mask[None, :] & there[:, None], other=0.0)
-        # A weight of 0 times a hidden inf or NaN is NaN, so such values wait for add_nonfinite_values.
-        finite = tl.abs(v.to(tl.float32)) < float("inf")
-        flag = tl.maximum(flag, tl.max((finite == 0).to(tl.int32)))
-        acc = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
-    else:
-        v = tl.load(v_ptrs) if EVEN_DV else tl.load(v_ptrs, mask=v_dim_mask[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, total, new_top, flag
+    block_top = tl.max(scores, 1)
+    needed = True
+    if skip is not None:  # a row outside the queries asks for nothing; NaN does
+        less = block_top * log2_scale < top * log2_scale + skip
+        needed = tl.max((inside & (less == 0)).to(tl.int32), 0) > 0
+    if needed:
+        new_top = tl.maximum(top, block_top)
+        # A row that has seen nothing yet has top -inf, and -inf - -inf is NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) * log2_scale
+        weights = tl.math.exp2(scores * log2_scale - base[:, None])
+        decay = tl.math.exp2(top * log2_scale - base)
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        top = new_top
+        if MASKED:
+            v = tl.load(v_ptrs, mask=v_dim_mask[None, :] & there[:, None], other=0.0)
+            # A weight of 0 times a hidden inf or NaN is NaN, so such values wait for add_nonfinite_values.
+            finite = tl.abs(v.to(tl.float32)) < float("inf")
+            flag = tl.maximum(flag, tl.max((finite == 0).to(tl.int32)))
+            acc = tl.dot(weights.to(v.dtype), tl.where(finite, v, 0.0), acc, input_precision=PRECISION)
+        else:
+            v = tl.load(v_ptrs) if EVEN_DV else tl.load(v_ptrs, mask=v_dim_mask[None, :], other=0.0)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, top, flag
 
 
 @triton.jit
@@ -136,6 +176,25 @@ def attend_tile(
     width,
     kv_heads,
     group,
+    mask_ptr,
+    bias_ptr,
+    slopes_ptr,
+    sinks_ptr,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_q,
+    mask_stride_k,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    slopes_stride_b,
+    slopes_stride_h,
+    sinks_stride,
+    factor,
+    softcap,
+    hidden,
+    skip,
     SIGN: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
@@ -147,9 +206,11 @@ def attend_tile(
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DIM_STEP: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
+    CHANGED: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -176,6 +237,13 @@ def attend_tile(
     v_edge = v_base + edge_key[:, None] * v_stride_s + v_dim.to(tl.int64)[None, :] * v_stride_d
     key = tl.arange(0, BLOCK_N).to(tl.int64)
     k_tile = k_base + dim[:, None] * k_stride_d + key[None, :] * k_stride_s
+    q_tail, k_edge_tail, k_tile_tail = None, None, None
+    if TAIL > 0:  # the head size is a power of two and a rest
+        tail = BLOCK_D + tl.arange(0, TAIL).to(tl.int64)
+        q_tail = q_base + token64[:, None] * q_stride_s + tail[None, :] * q_stride_d
+        q_tail = tl.load(q_tail, mask=inside[:, None] & (tail < HEAD_DIM)[None, :], other=0.0)
+        k_edge_tail = k_base + tail[:, None] * k_stride_d + edge_key[None, :] * k_stride_s
+        k_tile_tail = k_base + tail[:, None] * k_stride_d + key[None, :] * k_stride_s
     v_tile = v_base + key[:, None] * v_stride_s + v_dim.to(tl.int64)[None, :] * v_stride_d
 
     kv_segments = kv_segments_ptr
@@ -195,23 +263,39 @@ def attend_tile(
     PER_BLOCK: tl.constexpr = KV_BLOCK // BLOCK_N
     EVEN_DV: tl.constexpr = V_HEAD_DIM == BLOCK_DV
 
+    slope, mask_row, bias_row = None, None, None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + item * slopes_stride_b + head * slopes_stride_h) * 1.4426950408889634
+    if mask_ptr is not None:
+        mask_row = mask_ptr + item64 * mask_stride_b + head.to(tl.int64) * mask_stride_h + token64 * mask_stride_q
+    if bias_ptr is not None:
+        bias_row = bias_ptr + item64 * bias_stride_b + head.to(tl.int64) * bias_stride_h + token64 * bias_stride_q
+
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if sinks_ptr is not None:  # as a key already seen, whose value is 0
+        sink = tl.load(sinks_ptr + head * sinks_stride)
+        top = tl.zeros([BLOCK_M], tl.float32) + sink * (1.4426950408889634 / log2_scale)
+        total = total + tl.where(sink == float("-inf"), 0.0, 1.0)
     flag = 0
     for step in tl.range(0, edges * PER_EDGE, num_stages=EDGE_STAGES):
         start = tl.load(blocks + step // PER_EDGE) * KV_BLOCK + step % PER_EDGE * EDGE_N
         acc, total, top, flag = fold_block(
             q, acc, total, top, flag, k_edge, v_edge, k_stride_s, v_stride_s, start, position, q_segment,
             kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, inside, v_dim_mask,
-            q_stride_d, k_stride_d, EDGE_N, HEAD_DIM, BLOCK_D, DIM_STEP, EVEN_DV, SIGN, True, HAS_SEGMENTS, PRECISION,
+            q_stride_d, k_stride_d, q_tail, k_edge_tail, factor, softcap, slope, bias_row, bias_stride_k, mask_row,
+            mask_stride_k, hidden, None, EDGE_N, HEAD_DIM, BLOCK_D, DIM_STEP, TAIL, EVEN_DV, SIGN, True, HAS_SEGMENTS,
+            CHANGED, PRECISION,
         )  # fmt: skip
     for step in range(edges * PER_BLOCK, count * PER_BLOCK):
         start = tl.load(blocks + step // PER_BLOCK) * KV_BLOCK + step % PER_BLOCK * BLOCK_N
         acc, total, top, flag = fold_block(
             q, acc, total, top, flag, k_tile, v_tile, k_stride_s, v_stride_s, start, position, q_segment,
             kv_segments, kv_segments_stride_s, kv_len, left, right, log2_scale, inside, v_dim_mask,
-            q_stride_d, k_stride_d, BLOCK_N, HEAD_DIM, BLOCK_D, DIM_STEP, EVEN_DV, SIGN, False, HAS_SEGMENTS, PRECISION,
+            q_stride_d, k_stride_d, q_tail, k_tile_tail, factor, softcap, slope, bias_row, bias_stride_k, mask_row,
+            mask_stride_k, hidden, skip, BLOCK_N, HEAD_DIM, BLOCK_D, DIM_STEP, TAIL, EVEN_DV, SIGN, False, HAS_SEGMENTS,
+            CHANGED, PRECISION,
         )  # fmt: skip
 
     tl.store(flags_ptr + program, flag)
@@ -270,6 +354,25 @@ def attend(
     width,
     kv_heads,
     group,
+    mask_ptr,
+    bias_ptr,
+    slopes_ptr,
+    sinks_ptr,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_q,
+    mask_stride_k,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    slopes_stride_b,
+    slopes_stride_h,
+    sinks_stride,
+    factor,
+    softcap,
+    hidden,
+    skip,
     SIGN: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
@@ -281,9 +384,11 @@ def attend(
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DIM_STEP: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
+    CHANGED: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -294,9 +399,11 @@ def attend(
         kv_segments_ptr, log2_scale, q_stride_b, q_stride_h, q_stride_s, q_stride_d, k_stride_b, k_stride_h,
         k_stride_s, k_stride_d, v_stride_b, v_stride_h, v_stride_s, v_stride_d, q_segments_stride_b,
         q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s, span_stride_b, span_stride_h,
-        q_len, kv_len, left, right, offset, tiles, width, kv_heads, group, SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M,
-        BLOCK_N, EDGE_N, EDGE_STAGES, HEAD_DIM, V_HEAD_DIM, BLOCK_D, DIM_STEP, BLOCK_DV, HAS_SEGMENTS,
-        HAS_Q_SEGMENTS, RETURN_LSE, PRECISION,
+        q_len, kv_len, left, right, offset, tiles, width, kv_heads, group, mask_ptr, bias_ptr, slopes_ptr,
+        sinks_ptr, mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k, bias_stride_b, bias_stride_h,
+        bias_stride_q, bias_stride_k, slopes_stride_b, slopes_stride_h, sinks_stride, factor, softcap, hidden,
+        skip, SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M, BLOCK_N, EDGE_N, EDGE_STAGES, HEAD_DIM, V_HEAD_DIM, BLOCK_D, DIM_STEP,
+        TAIL, BLOCK_DV, HAS_SEGMENTS, HAS_Q_SEGMENTS, CHANGED, RETURN_LSE, PRECISION,
     )  # fmt: skip
 
 
@@ -378,7 +485,8 @@ def attend_again(
                 k_stride_h, k_stride_s, k_stride_d, v_stride_b, v_stride_h, v_stride_s, v_stride_d,
                 q_segments_stride_b, q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s,
                 span_stride_b, span_stride_h, q_len, kv_len, left, right, offset, tiles, width,
-                kv_heads, group, SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M, BLOCK_N, EDGE_N, EDGE_STAGES,
-                HEAD_DIM, V_HEAD_DIM, BLOCK_D, DIM_STEP, BLOCK_DV, HAS_SEGMENTS, HAS_Q_SEGMENTS,
-                RETURN_LSE, PRECISION,
+                kv_heads, group, None, None, None, None, None, None, None, None, None, None,
+                None, None, None, None, None, None, None, None, None, SIGN, Q_BLOCK, KV_BLOCK, BLOCK_M, BLOCK_N,
+                EDGE_N, EDGE_STAGES, HEAD_DIM, V_HEAD_DIM, BLOCK_D, DIM_STEP, 0, BLOCK_DV, HAS_SEGMENTS, HAS_Q_SEGMENTS,
+                False, RETURN_LSE, PRECISION,
             )  # fmt: skip

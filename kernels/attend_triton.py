@@ -20,11 +20,13 @@ from sparsepass.errors import KernelInputError
 from sparsepass.kernels import attend_hopper
 from sparsepass.kernels import launch as host
 from sparsepass.kernels.attend_tiles_triton import attend, attend_again
-from sparsepass.kernels.blocks import ceil_div, tile_side
+from sparsepass.kernels.block_map_triton import block_map_cuda, in_kernel_form, pair_arguments, term_arguments
+from sparsepass.kernels.blocks import ceil_div, split_head, tile_side
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.lists_triton import partition_launches
 from sparsepass.kernels.prepared import run_prepared
-from sparsepass.kernels.spec import AttendTile, refuse_unsupported
+from sparsepass.kernels.scores import Scores, check_blocks, check_scores
+from sparsepass.kernels.spec import AttendTile, attend_tile, capability_of, refuse_unsupported
 from sparsepass.kernels.tuned import tile_for
 from sparsepass.kernels.visible_triton import add_nonfinite_values
 
@@ -49,6 +51,9 @@ def block_sparse_attention_cuda(
     kv_segments: Tensor | None = None,
     q_block: int,
     kv_block: int,
+    scores: Scores | None = None,
+    blocks: Tensor | None = None,
+    skip: float = 0.0,
     return_lse: bool = False,
     counter: Tensor | None = None,
     implementation: str = "auto",
@@ -62,6 +67,11 @@ def block_sparse_attention_cuda(
         left, right, offset: band, in tokens; -1 lifts a side.
         q_segments, kv_segments: int32 [B, Sq] and [B, Skv], or None.
         q_block, kv_block: tokens per list block, powers of two from 16 up.
+        scores: what happens to the scaled scores before the softmax.
+        blocks: a block map [B or 1, H or 1, nq, nkv] as ``block_map_cuda`` makes it, which is done here if it is None
+            and the scores hide pairs; listed blocks for which it has 0 are skipped.
+        skip: of listed blocks, as ``BlockLists.skip``; those that need a mask come first and are all computed, and
+            on GPUs of compute capability 10 all are.
         return_lse: also return the log-sum-exp.
         counter: int64 [3] on the device; [0] += 1, [1] += blocks computed over all (batch, head, row).
         implementation: ``hopper``, ``triton``, or ``auto`` for the first that takes the inputs.
@@ -73,6 +83,14 @@ def block_sparse_attention_cuda(
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernel does not take.
     """
+    scores = in_kernel_form(check_scores(scores, q, k))
+    blocks = check_blocks(blocks, q, k, q_block, kv_block)
+    blocks = None if blocks is None else blocks.contiguous()
+    if blocks is None and scores.hides:
+        host.check_shapes(q, k, v, offset, q_block, kv_block)
+        sizes: dict[str, Any] = {"q_len": q.shape[2], "kv_len": k.shape[2], "q_block": q_block, "kv_block": kv_block}
+        segments: dict[str, Any] = dict(zip(("q_segments", "kv_segments"), (q_segments, kv_segments), strict=True))
+        blocks = block_map_cuda(scores, left=left, right=right, offset=offset, batch=q.shape[0], **segments, **sizes)
     options: dict[str, Any] = {
         "scale": scale,
         "left": left,
@@ -82,6 +100,7 @@ def block_sparse_attention_cuda(
         "kv_block": kv_block,
         "return_lse": return_lse,
         "implementation": implementation,
+        "skip": skip,
     }
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
@@ -94,12 +113,14 @@ def block_sparse_attention_cuda(
             q_segments=q_segments,
             kv_segments=kv_segments,
             counter=counter,
+            scores=scores,
+            blocks=blocks,
             **options,
         )
         return launches, tuple(outputs)
 
-    inputs = (q, k, v, kv_num_blocks, kv_indices, q_segments, kv_segments, counter)
-    out, lse = run_prepared(q.device, ("attend", *options.values()), inputs, build)
+    inputs = (q, k, v, kv_num_blocks, kv_indices, q_segments, kv_segments, counter, *scores.tensors, blocks)
+    out, lse = run_prepared(q.device, ("attend", scores.softcap, *options.values()), inputs, build)
     return cast(Tensor, out), lse
 
 
@@ -123,8 +144,15 @@ def attend_launches(
     tile: AttendTile | None = None,
     hopper_tile: attend_hopper.HopperTile | None = None,
     implementation: str = "auto",
+    scores: Scores | None = None,
+    blocks: Tensor | None = None,
+    skip: float = 0.0,
 ) -> tuple[list[Launch], Tensor, Tensor | None]:
-    """The launches of ``block_sparse_attention_cuda`` and the tensors they fill. The tiles override the tuned ones."""
+    """The launches of ``block_sparse_attention_cuda`` and the tensors they fill. The tiles override the tuned ones.
+
+    ``scores``: in the form of ``in_kernel_form``; ``blocks``: their map where they hide pairs.
+    """
+    scores = Scores() if scores is None else scores
     host.check_shapes(q, k, v, offset, q_block, kv_block)
     host.check_lists(kv_num_blocks, kv_indices, q, q_block)
     host.check_counter(counter, q)
@@ -136,8 +164,14 @@ def attend_launches(
         implementation in IMPLEMENTATIONS,
         lambda: f"implementation is {implementation!r}; accepted are {', '.join(IMPLEMENTATIONS)}.",
     )
+    # Triton 3.7 fails to compile a product under a condition for newer GPUs: everything is computed there.
+    skips = skip > 0 and capability_of(q.device)[0] < 10
     if tile is None:
-        tile = tile_for(q.device, q.dtype, max(head_dim, v_head_dim))
+        if head_dim == v_head_dim and not scores.given and not skips:
+            tile = tile_for(q.device, q.dtype, head_dim)
+        else:  # what was tuned was neither
+            terms = 2 if skips or scores.slopes is not None or scores.bias is not None else int(scores.given)
+            tile = attend_tile(q.dtype, head_dim, capability_of(q.device), v_head_dim=v_head_dim, terms=terms)
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
 
@@ -156,11 +190,12 @@ def attend_launches(
         q_block=q_block,
         kv_block=kv_block,
         counter=counter,
+        blocks=blocks,
     )
     unused = spans  # a pointer for what is not there; never read
     block_m, block_n = min(tile.block_m, q_block), min(tile.block_n, kv_block)
     tiles = ceil_div(q_len, block_m)
-    block_d = tile_side(head_dim)
+    block_d, tail = split_head(head_dim, tile.dim_step)
     programs = batch * heads * tiles
     flags = spans.new_empty(programs)
     common: dict[str, Any] = {
@@ -232,6 +267,8 @@ def attend_launches(
             q_block=q_block,
             kv_block=kv_block,
             tile=hopper_tile,
+            scores=scores,
+            skip=skip,
         )
     if isinstance(fast, Launch):
         launches.append(fast)
@@ -240,8 +277,9 @@ def attend_launches(
     elif implementation == "hopper":
         raise KernelInputError(f"The hopper kernel was asked for: {fast}")
     else:
+        arguments |= {"TAIL": tail, "skip": math.log2(skip) if skips else None, **term_arguments(scores, scale)}
         launches.append(Launch(attend, (programs,), arguments, options))
-    arguments = {**common, "programs": programs, "STEP": 16, "FLAGS": 64}
+    arguments = {**common, **pair_arguments(scores), "programs": programs, "STEP": 16, "FLAGS": 64}
     warps = 4 if 64 < v.shape[3] <= 128 else 8  # neither count keeps every size in registers
     launches.append(
         Launch(add_nonfinite_values, (ceil_div(programs, 64),), arguments, {"num_warps": warps, "num_stages": 1})

@@ -207,6 +207,8 @@ def _lists_from_diagonals(
     counter_ptr,
     shifts,
     first_shift,
+    allowed_stride_b,
+    allowed_stride_h,
     q_len,
     kv_len,
     left,
@@ -219,7 +221,7 @@ def _lists_from_diagonals(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """One row's list: allowed blocks on kept diagonals or in the extra map, and the always-kept ones.
@@ -243,8 +245,9 @@ def _lists_from_diagonals(
     for begin in range(0, blocks, CHUNK):
         block = begin + lane
         allowed = (block < blocks) & (low <= high) & (block * BLOCK <= high) & (block * BLOCK + BLOCK > low)
-        if HAS_SEGMENTS:
-            bits = allowed_ptr + (item.to(tl.int64) * rows + row) * blocks + block
+        if HAS_ALLOWED:
+            bits = allowed_ptr + item.to(tl.int64) * allowed_stride_b + head.to(tl.int64) * allowed_stride_h
+            bits = bits + row.to(tl.int64) * blocks + block
             allowed = allowed & (tl.load(bits, mask=allowed, other=0) != 0)
         seen = visible + tl.cumsum(allowed.to(tl.int32), 0)
         shift = block - row - first_shift
@@ -389,20 +392,24 @@ def diagonal_lists_cuda(
     kv_segments: Tensor | None,
     block: int,
     width: int,
+    blocks: Tensor | None = None,
     counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists from kept diagonals of blocks: kv_num_blocks int32 [B, H, nq], kv_indices int32 [B, H, nq, width].
 
     ``flags`` int8 [B, H, shifts], the first standing for key block minus query block ``first_shift``; ``extra`` int8
-    [B, H, nq, nkv] or None: blocks besides. ``counter``: int64 [3]; [2] += visible blocks.
+    [B, H, nq, nkv] or None: blocks besides. ``blocks``: a checked map [B or 1, H or 1, nq, nkv] of what may be listed.
+    ``counter``: int64 [3]; [2] += visible blocks.
     """
+    if blocks is not None:
+        blocks = blocks.view(torch.int8).contiguous()
     numbers = ("diagonal_lists", first_shift, q_len, kv_len, left, right, offset, block, width)
-    inputs = (flags, extra, q_segments, kv_segments, counter)
+    inputs = (flags, extra, q_segments, kv_segments, counter, blocks)
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
         shape = (q_len, kv_len, left, right, offset)
         launches, counts, lists = diagonal_list_launches(
-            flags, extra, first_shift, shape, q_segments, kv_segments, block, width, counter
+            flags, extra, first_shift, shape, q_segments, kv_segments, block, width, counter, blocks
         )
         return launches, (counts, lists)
 
@@ -420,6 +427,7 @@ def diagonal_list_launches(
     block: int,
     width: int,
     counter: Tensor | None,
+    blocks_map: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of ``diagonal_lists_cuda`` and the lists; ``shape``: q_len, kv_len, left, right, offset."""
     q_len, kv_len, left, right, offset = shape
@@ -427,15 +435,15 @@ def diagonal_list_launches(
     rows, blocks = ceil_div(q_len, block), ceil_div(kv_len, block)
     band = {"q_len": q_len, "kv_len": kv_len, "left": host.side(left), "right": host.side(right), "offset": offset}
     launches: list[Launch] = []
-    allowed = None
-    if kv_segments is not None:
+    allowed = blocks_map
+    if allowed is None and kv_segments is not None:
         launches, allowed = allowed_launches(q_segments, kv_segments, band, block, block)
     counts = flags.new_empty(batch, heads, rows, dtype=torch.int32)
     lists = flags.new_empty(batch, heads, rows, width, dtype=torch.int32)
     arguments: dict[str, Any] = {
         "flags_ptr": flags,
         "extra_ptr": flags if extra is None else extra,
-        "allowed_ptr": flags if allowed is None else allowed,
+        **host.allowed_arguments(allowed, flags),
         "counts_ptr": counts,
         "lists_ptr": lists,
         "counter_ptr": counts if counter is None else counter,
@@ -449,7 +457,6 @@ def diagonal_list_launches(
         "BLOCK": block,
         "CHUNK": min(1024, tile_side(blocks)),
         "HAS_EXTRA": extra is not None,
-        "HAS_SEGMENTS": allowed is not None,
         "COUNT": counter is not None,
     }
     launches.append(Launch(_lists_from_diagonals, (rows, heads, batch), arguments, {"num_warps": 4}))
@@ -459,7 +466,7 @@ def diagonal_list_launches(
 def allowed_cuda(
     q_segments: Tensor | None, kv_segments: Tensor | None, shape: tuple[int, int, int, int, int], block: int
 ) -> Tensor:
-    """int8 [B, nq, nkv] under segments: 1 where a pair is visible. ``shape``: q_len, kv_len, left, right, offset.
+    """int8 [B, 1, nq, nkv] under segments: 1 where a pair is visible. ``shape``: q_len, kv_len, left, right, offset.
 
     Without segments nothing is launched: ``flex.band_blocks`` has the formula.
     """

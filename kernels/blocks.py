@@ -83,3 +83,24 @@ def tile_side(size: int) -> int:
 def list_width(kv_len: int, kv_block: int, budget: int) -> int:
     """Last dimension of ``kv_indices`` for rows that keep at most ``budget`` blocks and the always-kept ones."""
     return max(1, min(ceil_div(kv_len, kv_block), max(budget, ALWAYS_KEPT)))
+
+
+def split_head(head_dim: int, dim_step: int) -> tuple[int, int]:
+    """A head size as the attention kernel loads it: a main part, and a tail that is a power of two or 0.
+
+    Up to ``dim_step`` the main part is a power of two, loaded at once; with the tail, 192 is 128 + 64 and not 256.
+    Larger ones are loaded in parts of ``dim_step``.
+    """
+    whole = tile_side(head_dim)
+    half = whole // 2
+    if half >= 128 and half < head_dim < whole and half <= dim_step:
+        tail = tile_side(head_dim - half)
+        if tail < half:
+            return half, tail
+    return (whole, 0) if whole <= dim_step else (ceil_div(head_dim, dim_step) * dim_step, 0)
+
+
+def dim_steps(head_dim: int, step: int) -> tuple[int, int]:
+    """Dimensions as a kernel loads them in all and at a time: at once up to 256, ``step`` by ``step`` beyond."""
+    whole = tile_side(head_dim)
+    return (whole, whole) if head_dim <= 256 else (ceil_div(head_dim, step) * step, step)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsepass.kernels.scores import Scores, change_pairs, check_scores
+
 _SCORES = 1 << 20
 """Scores held at once: 4 MiB in fp32."""
 
@@ -36,6 +38,8 @@ def attend_columns_cpu(
     kv_segments: Tensor | None,
     q_block: int,
     kv_block: int,
+    scores: Scores | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> None:
     """As ``columns_triton.attend_columns_cuda``: ``out`` [B, H, Sq, Dv] and ``lse`` [B, H, Sq] change in place.
@@ -43,6 +47,7 @@ def attend_columns_cpu(
     q [B, H, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], fp16, bf16, fp32 or fp64, any strides;
     ``column_num`` int32 [B or 1, H or 1, nq or 1] and ``column_indices`` [..., width] ascending.
     """
+    scores = check_scores(scores, q, k)
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     rows = -(-q_len // q_block)
@@ -88,13 +93,17 @@ def attend_columns_cpu(
                         seen &= part >= position[:, None] - left
                     if own is not None and mine is not None:
                         seen &= own[part] == mine[tokens][:, None]
+                    raw = q[item, head, tokens].to(work) * scale @ keys[begin:end].T
+                    if scores is not None:
+                        raw, shown = change_pairs(raw, scores, item, head, tokens, part, offset)
+                        seen &= shown
                     if counter is not None:
                         per_row = torch.stack([rows_seen.any(0).sum() for rows_seen in seen.split(q_block)])
                         filled += int((-(-per_row // kv_block)).sum())
                     _continue(
                         out[item, head, tokens],
                         lse[item, head, tokens],
-                        q[item, head, tokens].to(work) * scale @ keys[begin:end].T,
+                        raw,
                         values[begin:end],
                         seen,
                     )

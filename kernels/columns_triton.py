@@ -19,12 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
+from sparsepass.kernels.block_map_triton import in_kernel_form, pair_arguments, term_arguments
 from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
 from sparsepass.kernels.prepared import run_prepared
+from sparsepass.kernels.scores import Scores, check_blocks, check_scores
 from sparsepass.kernels.spec import capability_of, column_tile, refuse_unsupported
-from sparsepass.kernels.visible_triton import program_place
+from sparsepass.kernels.terms_triton import changed_scores
+from sparsepass.kernels.visible_triton import program_place, shown_pairs
 
 LOG2E = 1.4426950408889634
 INFO = 4
@@ -47,7 +50,10 @@ def _mark_columns(
     info_ptr,
     q_ranges_ptr,
     kv_segments_ptr,
+    blocks_ptr,
     counter_ptr,
+    blocks_stride_b,
+    blocks_stride_h,
     count_stride_b,
     count_stride_h,
     count_stride_r,
@@ -82,10 +88,12 @@ def _mark_columns(
     CHUNK: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """Bits of one row's columns, 32 to a word: whole ones in the first plane of the row, masked ones in the second.
 
+    HAS_PAIRS: a mask or a bias may hide any pair, so that every column is masked. ``blocks_ptr``: their map, or None.
     Grid: (rows, heads, batch) of the marks. ``times`` is how many (batch, head) pairs share them, for the counter.
     """
     row = tl.program_id(0)
@@ -135,6 +143,11 @@ def _mark_columns(
         valid = valid & (column >= first - left) & (column <= last + right)
         valid = valid & (tl.load(taken + column // KV_BLOCK, mask=valid, other=1) == 0)
         whole = (column >= last - left) & (column <= first + right)
+        if blocks_ptr is not None:
+            states = blocks_ptr + item64 * blocks_stride_b + head64 * blocks_stride_h + row.to(tl.int64) * kv_blocks
+            valid = valid & (tl.load(states + column // KV_BLOCK, mask=valid, other=0) != 0)
+        if HAS_PAIRS:
+            whole = whole & (column < 0)
         if HAS_SEGMENTS:
             segments = kv_segments_ptr + item64 * kv_segments_stride_b
             segment = tl.load(segments + column.to(tl.int64) * kv_segments_stride_s, mask=valid, other=-1)
@@ -197,6 +210,14 @@ def _fold_columns(
     right,
     log2_scale,
     inside,
+    factor,
+    softcap,
+    slope,
+    bias_row,
+    bias_stride,
+    mask_row,
+    mask_stride,
+    hidden,
     KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -206,6 +227,7 @@ def _fold_columns(
     SIGN: tl.constexpr,
     MASKED: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    CHANGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax over gathered keys; as ``attend_triton._fold_block`` otherwise."""
@@ -226,12 +248,24 @@ def _fold_columns(
             scores += tl.dot(q_part, k_part, input_precision=PRECISION)
     if SIGN != 1:
         scores = scores * SIGN
+    if CHANGED:
+        distance = column[None, :] - position[:, None]
+        scores = changed_scores(scores, factor, softcap, slope, distance, v_base.dtype.element_ty == tl.float32)
+    if bias_row is not None:
+        at = bias_row[:, None] + key[None, :] * bias_stride
+        bias = tl.load(at, mask=inside[:, None] & there[None, :], other=0.0).to(tl.float32)
+        scores = scores + bias * 1.4426950408889634
     if MASKED:
         seen = there[None, :] & (column[None, :] >= (position - left)[:, None])
         seen = seen & (column[None, :] <= (position + right)[:, None])
         if SEGMENTS:
             segment = tl.load(kv_segments + key * kv_segments_stride, mask=there, other=-1)
             seen = seen & (segment != -1)[None, :] & (segment[None, :] == q_segment[:, None])
+        if bias_row is not None:
+            seen = seen & ((bias <= hidden) == 0)
+        if mask_row is not None:
+            at = mask_row[:, None] + key[None, :] * mask_stride
+            seen = seen & (tl.load(at, mask=inside[:, None] & there[None, :], other=0) != 0)
         scores = tl.where(seen, scores, float("-inf"))
     else:
         scores = tl.where(there[None, :], scores, float("-inf"))
@@ -298,6 +332,22 @@ def _attend_columns(
     tiles,
     kv_heads,
     group,
+    mask_ptr,
+    bias_ptr,
+    slopes_ptr,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_q,
+    mask_stride_k,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    slopes_stride_b,
+    slopes_stride_h,
+    factor,
+    softcap,
+    hidden,
     SIGN: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -311,6 +361,7 @@ def _attend_columns(
     BLOCK_DV: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
+    CHANGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of BLOCK_M query rows of one head against its columns, in place. Grid: 1-D, batch * heads * tiles."""
@@ -360,20 +411,29 @@ def _attend_columns(
         lse = tl.load(lses, mask=inside, other=float("-inf"))
         total = tl.where(lse == float("-inf"), 0.0, 1.0)
         top = lse * 1.4426950408889634 / log2_scale
+        slope, mask_row, bias_row = None, None, None
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + item * slopes_stride_b + head * slopes_stride_h) * 1.4426950408889634
+        if mask_ptr is not None:
+            mask_row = mask_ptr + item64 * mask_stride_b + head64 * mask_stride_h + token64 * mask_stride_q
+        if bias_ptr is not None:
+            bias_row = bias_ptr + item64 * bias_stride_b + head64 * bias_stride_h + token64 * bias_stride_q
         flag = 0
         for start in range(whole_from, whole_to, BLOCK_N):
             acc, total, top, flag = _fold_columns(
                 q, acc, total, top, flag, marks, columns, start, whole_to, column_stride_e, k_base, v_base,
                 k_stride_s, v_stride_s, k_stride_d, v_stride_d, q_stride_d, position, q_segment, kv_segments,
-                kv_segments_stride_s, left, right, log2_scale, inside, BLOCK_N, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
-                BLOCK_DV, DIM_STEP, SIGN, False, HAS_SEGMENTS, PRECISION,
+                kv_segments_stride_s, left, right, log2_scale, inside, factor, softcap, slope, bias_row,
+                bias_stride_k, mask_row, mask_stride_k, hidden, BLOCK_N, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
+                BLOCK_DV, DIM_STEP, SIGN, False, HAS_SEGMENTS, CHANGED, PRECISION,
             )  # fmt: skip
         for start in tl.range(edge_from, edge_to, EDGE_N, num_stages=EDGE_STAGES):
             acc, total, top, flag = _fold_columns(
                 q, acc, total, top, flag, marks + column_words, columns, start, edge_to, column_stride_e, k_base,
                 v_base, k_stride_s, v_stride_s, k_stride_d, v_stride_d, q_stride_d, position, q_segment, kv_segments,
-                kv_segments_stride_s, left, right, log2_scale, inside, EDGE_N, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
-                BLOCK_DV, DIM_STEP, SIGN, True, HAS_SEGMENTS, PRECISION,
+                kv_segments_stride_s, left, right, log2_scale, inside, factor, softcap, slope, bias_row,
+                bias_stride_k, mask_row, mask_stride_k, hidden, EDGE_N, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
+                BLOCK_DV, DIM_STEP, SIGN, True, HAS_SEGMENTS, CHANGED, PRECISION,
             )  # fmt: skip
         tl.store(flags_ptr + program, flag)
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -392,6 +452,17 @@ def _add_nonfinite_columns(
     columns_ptr,
     q_segments_ptr,
     kv_segments_ptr,
+    mask_ptr,
+    bias_ptr,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_q,
+    mask_stride_k,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    hidden,
     v_stride_b,
     v_stride_h,
     v_stride_s,
@@ -454,6 +525,13 @@ def _add_nonfinite_columns(
                 if HAS_Q_SEGMENTS:
                     q_segments = q_segments_ptr + item64 * q_segments_stride_b
                     q_segment = tl.load(q_segments + token.to(tl.int64) * q_segments_stride_s, inside, other=-1)
+                mask_row, bias_row = None, None
+                if mask_ptr is not None:
+                    mask_row = mask_ptr + item64 * mask_stride_b + head64 * mask_stride_h
+                    mask_row = mask_row + token.to(tl.int64) * mask_stride_q
+                if bias_ptr is not None:
+                    bias_row = bias_ptr + item64 * bias_stride_b + head64 * bias_stride_h
+                    bias_row = bias_row + token.to(tl.int64) * bias_stride_q
                 up = tl.zeros([STEP, BLOCK_DV], tl.float32)
                 down = tl.zeros([STEP, BLOCK_DV], tl.float32)
                 for start in range(edge_from, edge_to, STEP):
@@ -465,6 +543,10 @@ def _add_nonfinite_columns(
                         kv_segments = kv_segments_ptr + item64 * kv_segments_stride_b
                         segment = tl.load(kv_segments + key * kv_segments_stride_s, mask=there, other=-1)
                         seen = seen & (segment != -1)[None, :] & (segment[None, :] == q_segment[:, None])
+                    if (mask_ptr is not None) or (bias_ptr is not None):
+                        seen = seen & shown_pairs(
+                            key, inside, there, bias_row, bias_stride_k, mask_row, mask_stride_k, hidden
+                        )
                     v = tl.load(
                         v_base + key[:, None] * v_stride_s + v_dim.to(tl.int64)[None, :] * v_stride_d,
                         mask=there[:, None] & v_dim_mask[None, :],
@@ -502,6 +584,8 @@ def attend_columns_cuda(
     kv_segments: Tensor | None = None,
     q_block: int,
     kv_block: int,
+    scores: Scores | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> None:
     """Continue a block-sparse attention over single keys: ``out`` and ``lse`` are changed in place.
@@ -513,12 +597,17 @@ def attend_columns_cuda(
         column_indices: int32 [..., width] beside it: key positions, distinct; the first ``column_num`` count.
         out: [B, H, Sq, Dv] laid out [B, Sq, H, Dv]: attention over the listed blocks.
         lse: float32 [B, H, Sq], its log-sum-exp; -inf where a row saw nothing.
+        scores: what happens to the scaled scores; sinks count in ``lse`` already.
+        blocks: the block map of mask and bias, or None; columns in blocks for which it has 0 are left out.
         counter: int64 [3] on the device; [1] += blocks that each row's columns would fill.
         Everything else as for ``block_sparse_attention_cuda``.
 
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernels do not take.
     """
+    scores = in_kernel_form(check_scores(scores, q, k))
+    blocks = check_blocks(blocks, q, k, q_block, kv_block)
+    blocks = None if blocks is None else blocks.contiguous()
     options: dict[str, Any] = {
         "scale": scale,
         "left": left,
@@ -530,10 +619,19 @@ def attend_columns_cuda(
     inputs = (q, k, v, kv_num_blocks, kv_indices, column_num, column_indices, out, lse)
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
-        launches = column_launches(*inputs, q_segments=q_segments, kv_segments=kv_segments, counter=counter, **options)
+        launches = column_launches(
+            *inputs,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            counter=counter,
+            scores=scores,
+            blocks=blocks,
+            **options,
+        )
         return launches, ()
 
-    run_prepared(q.device, ("columns", *options.values()), (*inputs, q_segments, kv_segments, counter), build)
+    tensors = (*inputs, q_segments, kv_segments, counter, *scores.tensors, blocks)
+    run_prepared(q.device, ("columns", scores.softcap, *options.values()), tensors, build)
 
 
 def _check_columns(num: Tensor, indices: Tensor, q: Tensor, rows: int) -> None:
@@ -579,8 +677,11 @@ def column_launches(
     q_block: int,
     kv_block: int,
     counter: Tensor | None,
+    scores: Scores | None = None,
+    blocks: Tensor | None = None,
 ) -> list[Launch]:
-    """The launches of ``attend_columns_cuda``."""
+    """The launches of ``attend_columns_cuda``. ``scores`` in the form of ``in_kernel_form``, ``blocks`` contiguous."""
+    scores = Scores() if scores is None else scores
     host.check_shapes(q, k, v, offset, q_block, kv_block)
     host.check_lists(kv_num_blocks, kv_indices, q, q_block)
     host.check_counter(counter, q)
@@ -608,6 +709,8 @@ def column_launches(
 
     mark_batch = batch if kv_segments is not None else max(kv_num_blocks.shape[0], column_num.shape[0])
     mark_heads = max(kv_num_blocks.shape[1], column_num.shape[1])
+    if blocks is not None:
+        mark_batch, mark_heads = max(mark_batch, blocks.shape[0]), max(mark_heads, blocks.shape[1])
     kv_blocks = ceil_div(kv_len, kv_block)
     width = column_indices.shape[3]
     words = ceil_div(width, 32)
@@ -636,7 +739,10 @@ def column_launches(
         "info_ptr": info,
         "q_ranges_ptr": unused if q_ranges is None else q_ranges,
         "kv_segments_ptr": unused if kv_segments is None else kv_segments,
+        "blocks_ptr": blocks,
         "counter_ptr": unused if counter is None else counter,
+        "blocks_stride_b": 0 if blocks is None else _shared(blocks, 0),
+        "blocks_stride_h": 0 if blocks is None else _shared(blocks, 1),
         "count_stride_b": _shared(kv_num_blocks, 0),
         "count_stride_h": _shared(kv_num_blocks, 1),
         "count_stride_r": kv_num_blocks.stride(2),
@@ -665,12 +771,14 @@ def column_launches(
         "CHUNK": 512,
         "HAS_SEGMENTS": kv_segments is not None,
         "HAS_Q_SEGMENTS": q_segments is not None,
+        "HAS_PAIRS": scores.hides,
         "COUNT": counter is not None,
     }
     launches.append(Launch(_mark_columns, (rows, mark_heads, mark_batch), arguments, {"num_warps": 2}))
 
     tile = column_tile(q.dtype, max(head_dim, v_head_dim), capability_of(q.device))
-    block_m, block_d = min(tile.block_m, q_block), tile_side(head_dim)
+    block_m = min(tile.block_m, q_block)
+    block_d = tile_side(head_dim) if head_dim <= 256 else ceil_div(head_dim, tile.dim_step) * tile.dim_step
     tiles = ceil_div(q_len, block_m)
     programs = batch * heads * tiles
     flags = info.new_empty(programs)
@@ -719,11 +827,21 @@ def column_launches(
         "BLOCK_D": block_d,
         "DIM_STEP": min(tile.dim_step, block_d),
         "PRECISION": tile.precision,
+        **term_arguments(scores, scale),
     }
+    for name in ("sinks_ptr", "sinks_stride"):  # the sinks are in the log-sum-exp already
+        del arguments[name]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     launches.append(Launch(_attend_columns, (programs,), arguments, options))
     # Slices of 32 dimensions: the kernel nearly never does anything, and must not spill for it.
-    arguments = {**common, "programs": programs, "STEP": 16, "FLAGS": 64, "BLOCK_DV": min(32, tile_side(v_head_dim))}
+    arguments = {
+        **common,
+        **pair_arguments(scores),
+        "programs": programs,
+        "STEP": 16,
+        "FLAGS": 64,
+        "BLOCK_DV": min(32, tile_side(v_head_dim)),
+    }
     grid = (ceil_div(programs, 64), ceil_div(v_head_dim, 32))
     options = {"num_warps": 2, "num_stages": 2 if capability_of(q.device)[0] == 8 else 1}
     launches.append(Launch(_add_nonfinite_columns, grid, arguments, options))

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sparsepass.kernels import cpu_gather, cpu_native
+from sparsepass.kernels.block_map_cpu import block_map_cpu
 from sparsepass.kernels.cpu_mask import Visibility
 from sparsepass.kernels.cpu_scored import select_scored_cpu
 from sparsepass.kernels.cpu_select import select_blocks_cpu
+from sparsepass.kernels.scores import Scores, check_blocks, check_scores, without_hidden
 
 __all__ = ["block_sparse_attention_cpu", "select_blocks_cpu", "select_scored_cpu"]
 
@@ -33,6 +35,9 @@ def block_sparse_attention_cpu(
     kv_segments: Tensor | None,
     q_block: int,
     kv_block: int,
+    scores: Scores | None = None,
+    blocks: Tensor | None = None,
+    skip: float = 0.0,
     return_lse: bool = False,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -50,6 +55,10 @@ def block_sparse_attention_cpu(
         q_segments, kv_segments: int32 [B, Sq] and [B, Skv] or None; a key is visible to queries of its own segment
             only, and to none if that is -1. ``q_segments=None`` beside ``kv_segments``: all queries are of segment 0.
         q_block, kv_block: tokens per block of the lists.
+        scores: what happens to the scaled scores before the softmax.
+        blocks: a block map [B or 1, H or 1, q_blocks, kv_blocks] as ``block_map_cpu`` makes it, which is done here if
+            it is None and the scores hide pairs; listed blocks for which it has 0 are skipped.
+        skip: of listed blocks, as ``BlockLists.skip``; gathered blocks are all computed.
         return_lse: whether to return the log-sum-exp.
         counter: int64 [3]; [0] += 1, [1] += blocks attended to, over batch, heads and rows.
 
@@ -59,13 +68,24 @@ def block_sparse_attention_cpu(
 
     Raises:
         IndexError: a listed block is outside the keys.
+        KernelInputError: ``scores`` or ``blocks`` do not fit.
     """
+    scores = check_scores(scores, q, k) or Scores()
     batch, heads, q_len, _ = q.shape
     mask = Visibility(q_len, k.shape[2], q_block, kv_block, left, right, offset, q_segments, kv_segments)
+    blocks = check_blocks(blocks, q, k, q_block, kv_block)
+    if blocks is None and scores.hides:
+        size = {"q_len": q_len, "kv_len": k.shape[2], "q_block": q_block, "kv_block": kv_block}
+        band = {"left": left, "right": right, "offset": offset}
+        blocks = block_map_cpu(scores, **band, **size, batch=batch, q_segments=q_segments, kv_segments=kv_segments)
+    if blocks is not None:
+        kv_num_blocks, kv_indices = without_hidden(kv_num_blocks, kv_indices, blocks)
     counts = kv_num_blocks.expand(batch, heads, -1)
     indices = kv_indices.expand(batch, heads, -1, -1)
-    implementation = cpu_native if cpu_native.available(q.dtype) else cpu_gather
-    out, lse = implementation.attend(q, k, v, counts, indices, mask, scale, return_lse)
+    if cpu_native.available(q.dtype):
+        out, lse = cpu_native.attend(q, k, v, counts, indices, mask, scale, return_lse, scores, blocks, skip)
+    else:
+        out, lse = cpu_gather.attend(q, k, v, counts, indices, mask, scale, return_lse, scores, blocks)
     if counter is not None:
         counter[0] += 1
         counter[1] += counts.sum()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.kernels.cpu_mask import Visibility
+from sparsepass.kernels.scores import ALL, Scores, hidden_at_most
 
 _SCORES = 512 * 1024
 """Scores per chunk: 2 MiB in fp32, what two cores hold in their second-level caches."""
@@ -81,8 +82,18 @@ def _runs(flags: list[bool], low: int, high: int) -> Iterator[tuple[int, int]]:
 class _Attend:
     """One call: its tensors in block form, its scratch buffers, its outputs."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, mask: Visibility, scale: float, want_lse: bool) -> None:
-        self.q, self.mask, self.scale = q, mask, scale
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Visibility,
+        scale: float,
+        want_lse: bool,
+        scores: Scores,
+        blocks: Tensor | None,
+    ) -> None:
+        self.q, self.mask, self.scale, self.scores, self.blocks = q, mask, scale, scores, blocks
         self.batch, self.heads, self.q_len, self.dim = q.shape
         self.kv_heads, self.v_dim = k.shape[1], v.shape[3]
         # Products of 16-bit tensors are 16-bit in torch. A rounded score is a relative error in its weight, and with
@@ -137,6 +148,9 @@ class _Attend:
                 f"kv_indices names a block outside 0..{mask.kv_blocks - 1}; build the lists for these lengths"
             )
         partial = ~(filled & mask.is_full(batch[:, None], q_index[:, None], gathered))
+        if self.scores.hides and self.blocks is not None:
+            states = self.blocks.expand(self.batch, self.heads, -1, -1).flatten(0, 2)[order]
+            partial |= states.gather(1, gathered) != ALL
         sources = gathered + kv_head[:, None] * mask.kv_blocks
         listed = torch.where(filled, listed, mask.kv_blocks)
 
@@ -145,15 +159,23 @@ class _Attend:
         for chunk in chunks:
             part = slice(chunk.start, chunk.stop)
             flags = partial[part, : chunk.slots].any(0).tolist()
-            self.chunk(rows[part], sources[part], batch[part], q_index[part], listed[part], flags)
+            self.chunk(rows[part], sources[part], batch[part], q_index[part], head[part], listed[part], flags)
         done = chunks[-1].stop if chunks else 0
+        sinks = self.scores.sinks
         for _, b, h, low, high in self.spans(rows[done:]):
             self.out[b, h, low:high] = 0
             if self.lse is not None:
-                self.lse[b, h, low:high] = -torch.inf
+                self.lse[b, h, low:high] = -torch.inf if sinks is None else sinks[h]
 
     def chunk(
-        self, rows: list[int], sources: Tensor, batch: Tensor, q_index: Tensor, listed: Tensor, flags: list[bool]
+        self,
+        rows: list[int],
+        sources: Tensor,
+        batch: Tensor,
+        q_index: Tensor,
+        head: Tensor,
+        listed: Tensor,
+        flags: list[bool],
     ) -> None:
         """Attend the query blocks ``rows`` to their listed blocks, of which ``flags`` need masking, and store."""
         mask, size, slots = self.mask, len(rows), len(flags)
@@ -166,13 +188,23 @@ class _Attend:
 
         per_slice = max(1, _SLICE_KEYS // mask.kv_block)
         peak = total = value = None
+        if self.scores.sinks is not None:  # a key of its own, without a value
+            peak = self.scores.sinks.to(self.work)[head % self.heads][:, None, None].expand(-1, mask.q_block, 1)
+            total = (peak > -torch.inf).to(self.work)
+            peak = peak.clamp(min=torch.finfo(self.work).min)
+            value = torch.zeros(size, mask.q_block, self.v_dim, dtype=self.work)
         for low in range(0, slots, per_slice):
             high = min(slots, low + per_slice)
-            hidden = [
-                (run, mask.hidden(batch, q_index, listed[:, low + run[0] : low + run[1]]))
-                for run in _runs(flags, low, high)
-            ]
-            new = self.slice(queries, sources[:, low:high].reshape(-1), hidden, peak)
+            hidden = []
+            for run in _runs(flags, low, high):
+                blocks = listed[:, low + run[0] : low + run[1]]
+                masked = mask.hidden(batch, q_index, blocks)
+                if self.scores.hides:
+                    by_scores = self.hidden_by_scores(head, q_index, blocks)
+                    masked = by_scores if masked is None else masked | by_scores
+                hidden.append((run, masked))
+            places = None if self.plain else (head, q_index, listed[:, low:high])
+            new = self.slice(queries, sources[:, low:high].reshape(-1), hidden, peak, places)
             if peak is None or total is None or value is None:
                 peak, total, value = new
             else:
@@ -182,16 +214,68 @@ class _Attend:
                 peak = new[0]
         self.store(rows, peak, total, value, any(flags))
 
+    @property
+    def plain(self) -> bool:
+        """Whether scores only have to be scaled."""
+        return self.scores.softcap is None and self.scores.slopes is None and self.scores.bias is None
+
+    def at_pairs(self, x: Tensor, head: Tensor, q_index: Tensor, blocks: Tensor) -> Tensor:
+        """x [B or 1, H or 1, Sq or 1, Skv or 1] at every pair of rows of blocks: [R, q_block or 1, n * kv_block or 1].
+
+        Tokens past the end come out as anything.
+        """
+        item, own = head // self.heads, head % self.heads
+        rows = q_index[:, None] * self.mask.q_block + torch.arange(self.mask.q_block)
+        keys = (blocks[:, :, None] * self.mask.kv_block + torch.arange(self.mask.kv_block)).flatten(1)
+        places = []
+        for dim, index in enumerate((item[:, None, None], own[:, None, None], rows[:, :, None], keys[:, None, :])):
+            size = x.shape[dim]
+            places.append(index.clamp(max=size - 1) if size > 1 else torch.zeros((1, 1, 1), dtype=torch.int64))
+        return x[tuple(places)]
+
+    def hidden_by_scores(self, head: Tensor, q_index: Tensor, blocks: Tensor) -> Tensor:
+        """Bool, broadcastable to [R, q_block, n * kv_block]: pairs that mask or bias hide."""
+        found = torch.zeros((), dtype=torch.bool)
+        if self.scores.mask is not None:
+            found = ~self.at_pairs(self.scores.mask, head, q_index, blocks)
+        if self.scores.bias is not None:
+            bias = self.at_pairs(self.scores.bias, head, q_index, blocks)
+            found = found | (bias <= hidden_at_most(bias.dtype))
+        return found
+
+    def change(self, scores: Tensor, head: Tensor, q_index: Tensor, blocks: Tensor) -> None:
+        """Soft cap, slopes and bias on scaled scores [R, q_block, n * kv_block], in place."""
+        cap = self.scores.softcap
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
+        if self.scores.slopes is not None:
+            slopes = self.scores.slopes.to(self.work).expand(self.batch, -1).flatten()[head][:, None, None]
+            rows = q_index[:, None] * self.mask.q_block + torch.arange(self.mask.q_block) + self.mask.offset
+            keys = (blocks[:, :, None] * self.mask.kv_block + torch.arange(self.mask.kv_block)).flatten(1)
+            scores.add_((keys[:, None, :] - rows[:, :, None]) * slopes)
+        if self.scores.bias is not None:
+            scores.add_(self.at_pairs(self.scores.bias, head, q_index, blocks))
+
     def slice(
-        self, queries: Tensor, sources: Tensor, hidden: list[tuple[tuple[int, int], Tensor | None]], peak: Tensor | None
+        self,
+        queries: Tensor,
+        sources: Tensor,
+        hidden: list[tuple[tuple[int, int], Tensor | None]],
+        peak: Tensor | None,
+        places: tuple[Tensor, Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Maximum, sum of weights [R, q_block, 1] and weighted values [R, q_block, Dv] over one slice of the slots."""
+        """Maximum, sum of weights [R, q_block, 1] and weighted values [R, q_block, Dv] over one slice of the slots.
+
+        ``places``: heads and query blocks of the rows [R] and their key blocks [R, n], where scores are changed.
+        """
         mask, size = self.mask, queries.shape[0]
         width = sources.numel() // size * mask.kv_block
         keys = self.scratch("k", (sources.numel(), mask.kv_block * self.dim), self.work)
         torch.index_select(self.k, 0, sources, out=keys)
         scores = self.scratch("s", (size, mask.q_block, width), self.work)
         torch.bmm(queries, keys.view(size, width, self.dim).transpose(1, 2), out=scores)
+        if places is not None:
+            self.change(scores, *places)
         for (low, high), masked in hidden:
             if masked is not None:
                 scores[:, :, low * mask.kv_block : high * mask.kv_block].masked_fill_(masked, -torch.inf)
@@ -247,13 +331,22 @@ class _Attend:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, mask: Visibility, scale: float, want_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    mask: Visibility,
+    scale: float,
+    want_lse: bool,
+    scores: Scores,
+    blocks: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Out like ``q`` and the log-sum-exp; ``counts`` [B, H, q_blocks], ``indices`` [B, H, q_blocks, cap] expanded.
 
     Raises:
         IndexError: a listed block is outside the keys.
     """
-    call = _Attend(q, k, v, mask, scale, want_lse)
+    call = _Attend(q, k, v, mask, scale, want_lse, scores, blocks)
     call.run(counts, indices)
     return call.out, call.lse

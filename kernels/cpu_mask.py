@@ -19,7 +19,10 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Visibility:
-    """The mask of one call, cut into blocks. ``q_segments`` [B, q_len] and ``kv_segments`` [B, kv_len] are int32."""
+    """The mask of one call, cut into blocks. ``q_segments`` [B, q_len] and ``kv_segments`` [B, kv_len] are int32.
+
+    ``blocks``: int8 [B or 1, H or 1, q_blocks, kv_blocks] or None; blocks for which it has 0 are not to be listed.
+    """
 
     q_len: int
     kv_len: int
@@ -30,6 +33,7 @@ class Visibility:
     offset: int
     q_segments: Tensor | None
     kv_segments: Tensor | None
+    blocks: Tensor | None = None
 
     @property
     def q_blocks(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -11,17 +12,20 @@ from torch import Tensor
 
 from sparsepass.kernels.cpu_build import library
 from sparsepass.kernels.cpu_mask import Visibility
+from sparsepass.kernels.scores import Scores, hidden_at_most
 
 _SHAPE = ("batch", "heads", "kv_heads", "q_len", "kv_len", "dim")
 _MASK = ("q_block", "kv_block", "left", "right", "offset")
 
 
-def _fields(pointers: tuple[str, ...], sizes: tuple[str, ...], last: str) -> list[tuple[str, type[Any]]]:
-    """Pointers, then sizes, then the scale and one number: the order in both structs. All are 8 bytes wide."""
+def _fields(
+    pointers: tuple[str, ...], sizes: tuple[str, ...], numbers: tuple[str, ...], last: str
+) -> list[tuple[str, type[Any]]]:
+    """Pointers, sizes, floating-point numbers and one size more: the order in both structs. All are 8 bytes wide."""
     return [
         *((name, ctypes.c_void_p) for name in pointers),
         *((name, ctypes.c_int64) for name in sizes),
-        ("scale", ctypes.c_double),
+        *((name, ctypes.c_double) for name in numbers),
         (last, ctypes.c_int64),
     ]
 
@@ -30,14 +34,20 @@ class _Call(ctypes.Structure):
     """The struct ``Call`` of ``attend_cpu.cpp``."""
 
     _fields_ = _fields(
-        ("q", "k", "v", "out", "lse", "counts", "indices", "q_segments", "kv_segments"),
+        (
+            *("q", "k", "v", "out", "lse", "counts", "indices", "q_segments", "kv_segments"),
+            *("mask", "bias", "slopes", "sinks", "blocks"),
+        ),
         (
             *_SHAPE,
             "v_dim",
             *_MASK,
             *(f"{tensor}_{dim}" for tensor in "qkvo" for dim in "bhs"),
             *("counts_b", "counts_h", "indices_b", "indices_h", "indices_i"),
+            *(f"{tensor}_{dim}" for tensor in ("mask", "bias") for dim in "bhqk"),
+            *("slopes_b", "blocks_b", "blocks_h", "bias_bf16"),
         ),
+        ("scale", "softcap", "hidden", "skip"),
         "bf16",
     )
 
@@ -47,7 +57,8 @@ class _Selection(ctypes.Structure):
 
     _fields_ = _fields(
         ("q", "k", "q_segments", "kv_segments", "allowed", "budgets", "counts", "indices", "visible"),
-        (*_SHAPE, *_MASK, "width", *(f"{tensor}_{dim}" for tensor in "qk" for dim in "bhs")),
+        (*_SHAPE, *_MASK, "width", *(f"{tensor}_{dim}" for tensor in "qk" for dim in "bhs"), "allowed_b", "allowed_h"),
+        ("scale",),
         "type",
     )
 
@@ -117,9 +128,21 @@ def _run(name: str, call: _Call | _Selection) -> int:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, indices: Tensor, mask: Visibility, scale: float, want_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    mask: Visibility,
+    scale: float,
+    want_lse: bool,
+    scores: Scores,
+    blocks: Tensor | None,
+    skip: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Out like ``q`` and the log-sum-exp; ``counts`` [B, H, q_blocks], ``indices`` [B, H, q_blocks, cap] expanded.
+
+    ``blocks``: the map int8 [B or 1, H or 1, q_blocks, kv_blocks] of what mask and bias hide, where there are any.
 
     Raises:
         IndexError: a listed block is outside the keys.
@@ -136,31 +159,60 @@ def attend(
     counts, indices = _entries(counts), _entries(indices)
     segments = _segments(mask)
 
-    call = _Call(scale=scale, bf16=bf16, v_dim=v_dim)
+    call = _Call(scale=scale, bf16=bf16, v_dim=v_dim, skip=math.log(skip) if skip > 0 else -math.inf)
     _describe(call, q.shape, k.shape, mask, {**tensors, "out": out})
     call.counts, call.counts_b, call.counts_h = counts.data_ptr(), counts.stride(0), counts.stride(1)
     call.indices, call.indices_b, call.indices_h = indices.data_ptr(), indices.stride(0), indices.stride(1)
     call.indices_i = indices.stride(2)
     call.lse = _address(lse)
     call.q_segments, call.kv_segments = map(_address, segments)
+    kept = _set_scores(call, scores, blocks, (batch, heads, q_len, k.shape[2]))
 
     status = _run("sparsepass_attend", call)
+    del kept
     if status == 1:
         raise IndexError(f"kv_indices names a block outside 0..{mask.kv_blocks - 1}; build the lists for these lengths")
     return out.to(q.dtype), lse
 
 
+def _set_scores(
+    call: _Call, scores: Scores, blocks: Tensor | None, shape: tuple[int, int, int, int]
+) -> list[Tensor | None]:
+    """Fill in what happens to the scores; returns the tensors that must live as long as the call."""
+    bias = scores.bias
+    if bias is not None:
+        call.hidden = hidden_at_most(bias.dtype)
+        if bias.dtype not in (torch.float32, torch.bfloat16):
+            bias = bias.to(torch.float32)
+        call.bias_bf16 = bias.dtype == torch.bfloat16
+    for name, x in (("mask", scores.mask), ("bias", bias)):
+        setattr(call, name, _address(x))
+        if x is not None:
+            for letter, stride in zip("bhqk", x.expand(shape).stride(), strict=True):
+                setattr(call, f"{name}_{letter}", stride)
+    slopes = None if scores.slopes is None else scores.slopes.contiguous()
+    sinks = None if scores.sinks is None else scores.sinks.contiguous()
+    if blocks is not None:
+        blocks = blocks.contiguous()
+        call.blocks_b, call.blocks_h = blocks.expand(*shape[:2], -1, -1).stride()[:2]
+    call.slopes, call.sinks, call.blocks = _address(slopes), _address(sinks), _address(blocks)
+    call.slopes_b = shape[1] if slopes is not None and slopes.shape[0] > 1 else 0
+    call.softcap = scores.softcap or 0.0
+    return [bias, slopes, sinks, blocks]
+
+
 def select(
     q: Tensor, k: Tensor, mask: Visibility, scale: float, allowed: Tensor | None, budgets: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Block lists, and the count of allowed blocks int64 [B, q_blocks].
+    """Block lists, and the count of allowed blocks int64 [B, H, q_blocks].
 
-    ``allowed`` is bool [B, q_blocks, kv_blocks], None where the band alone decides; ``budgets`` int32 [B, H].
+    ``allowed`` is bool [B or 1, H or 1, q_blocks, kv_blocks], None where the band alone decides; ``budgets``
+    int32 [B, H].
     """
     batch, heads = q.shape[:2]
     counts = torch.empty((batch, heads, mask.q_blocks), dtype=torch.int32)
     indices = torch.empty((batch, heads, mask.q_blocks, width), dtype=torch.int32)
-    visible = torch.empty((batch, mask.q_blocks), dtype=torch.int64)
+    visible = torch.empty((batch, heads, mask.q_blocks), dtype=torch.int64)
     tensors = {"q": _rows(q, q.dtype), "k": _rows(k, q.dtype)}
     segments = _segments(mask)
     allowed, budgets = None if allowed is None else allowed.contiguous(), budgets.contiguous()
@@ -170,6 +222,8 @@ def select(
     _describe(call, q.shape, k.shape, mask, tensors)
     call.kv_segments = _address(segments[1])
     call.q_segments = None if segments[1] is None else _address(segments[0])
+    if allowed is not None:
+        call.allowed_b, call.allowed_h = allowed.expand(batch, heads, -1, -1).stride()[:2]
     call.allowed, call.budgets = _address(allowed), budgets.data_ptr()
     call.counts, call.indices, call.visible = counts.data_ptr(), indices.data_ptr(), visible.data_ptr()
     _run("sparsepass_select", call)

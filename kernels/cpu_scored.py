@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsepass.kernels.cpu_mask import PADDING, UNBOUNDED, Visibility
 from sparsepass.kernels.cpu_select import allowed_blocks, block_means, unlike_blocks
 from sparsepass.kernels.rules import Rule, check_rule, dial_tensor
+from sparsepass.kernels.scores import check_blocks
 
 _SCORES = 1 << 19
 """Scores held at once, by head: 2 MiB of float32, which stay in the cache between the passes over them."""
@@ -198,14 +199,16 @@ def select_scored_cpu(
     kv_block: int,
     rule: Rule,
     dial: Tensor | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists by ``rule``: as ``select_scored_cuda``, for CPU tensors."""
     check_rule(rule, q_block, kv_block)
     batch, heads, q_len, _ = q.shape
     dial = dial_tensor(dial, batch, heads)
-    mask = Visibility(q_len, k.shape[2], q_block, kv_block, left, right, offset, q_segments, kv_segments)
-    allowed = allowed_blocks(mask, batch)[:, None]
+    blocks = check_blocks(blocks, q, k, q_block, kv_block)
+    mask = Visibility(q_len, k.shape[2], q_block, kv_block, left, right, offset, q_segments, kv_segments, blocks)
+    allowed = allowed_blocks(mask, batch)
     dials = _dials(rule, dial)
 
     row, column = torch.arange(mask.q_blocks)[:, None], torch.arange(mask.kv_blocks)

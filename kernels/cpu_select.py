@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsepass.kernels import cpu_native
 from sparsepass.kernels.blocks import blocks_per_row, list_width
 from sparsepass.kernels.cpu_mask import PADDING, Visibility
+from sparsepass.kernels.scores import HIDDEN, budgets_in_map, check_blocks, width_in_map
 
 _PAIRS = 1 << 22
 """Token pairs tested at once where segments leave a block pair undecided: 4 MiB of booleans."""
@@ -55,11 +56,13 @@ def unlike_blocks(x: Tensor, block: int, segments: Tensor | None, least: float) 
 
 
 def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
-    """Block pairs that hold at least one visible token pair: bool [B or 1, q_blocks, kv_blocks]."""
+    """Block pairs that hold at least one visible token pair: bool [B or 1, H or 1, q_blocks, kv_blocks]."""
     rows, columns = torch.arange(mask.q_blocks)[:, None], torch.arange(mask.kv_blocks)[None, :]
     band = mask.band_any(rows, columns)[None]
+    if mask.blocks is not None:  # it knows of segments too
+        return band & (mask.blocks != HIDDEN)
     if mask.segment_ranges is None or mask.segments is None:
-        return band
+        return band[None]
     q_low, q_high, kv_low, kv_high = mask.segment_ranges
     meet = (q_low[:, :, None] <= kv_high[:, None, :]) & (q_high[:, :, None] >= kv_low[:, None, :])
     allowed = band & meet
@@ -72,7 +75,7 @@ def allowed_blocks(mask: Visibility, batch: int) -> Tensor:
         item, row, column = part.unbind(1)
         seen = ~mask.hidden_pairs(item, row, column[:, None])
         allowed[item, row, column] = seen.flatten(1).any(1)
-    return allowed
+    return allowed[:, None]
 
 
 def select(
@@ -87,7 +90,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The selection in torch operations, where the C++ kernel does not serve. As ``cpu_native.select``.
 
-    ``unlike``: bool [B, H, nq, nkv], kept too wherever allowed.
+    ``allowed``: bool [B or 1, H or 1, nq, nkv]. ``unlike``: bool [B, H, nq, nkv], kept too wherever allowed.
     """
     batch, heads, q_len, _ = q.shape
     kv_heads = k.shape[1]
@@ -101,20 +104,20 @@ def select(
     diagonal = torch.div(last, mask.kv_block, rounding_mode="floor")[:, None]
     column = torch.arange(mask.kv_blocks)
     forced = (column == diagonal) | (column == diagonal - 1)
-    forced = (allowed & (forced | (allowed.cumsum(-1) == 1)))[:, None]
+    forced = allowed & (forced | (allowed.cumsum(-1) == 1))
     if unlike is not None:
-        forced = forced | (allowed[:, None] & unlike)
+        forced = forced | (allowed & unlike)
 
     limits = torch.finfo(scores.dtype)
     # Three tiers that scores cannot leave: hidden, allowed (NaN lowest), always kept.
     scores = torch.nan_to_num(scores, nan=limits.min, posinf=limits.max, neginf=limits.min)
-    scores = torch.where(allowed[:, None], scores, -torch.inf).masked_fill(forced, torch.inf)
+    scores = torch.where(allowed, scores, -torch.inf).masked_fill(forced, torch.inf)
     ranked = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :width]
-    count = torch.maximum(torch.minimum(visible[:, None], budget[:, :, None]), forced.sum(-1))
+    count = torch.maximum(torch.minimum(visible, budget[:, :, None]), forced.sum(-1))
     count = count.expand(batch, heads, -1)
     filled = torch.arange(width) < count[..., None]
     chosen = torch.where(filled, ranked, mask.kv_blocks).sort(-1).values
-    return count.to(torch.int32), torch.where(filled, chosen, 0).to(torch.int32), visible
+    return count.to(torch.int32), torch.where(filled, chosen, 0).to(torch.int32), visible.expand(batch, heads, -1)
 
 
 @torch.no_grad()
@@ -133,6 +136,7 @@ def select_blocks_cpu(
     density: float | Tensor,
     max_density: float | None = None,
     self_similarity: float | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Key blocks that each query block attends to, by the product of mean query and mean key.
@@ -142,8 +146,10 @@ def select_blocks_cpu(
         scale: factor of the scores; only its sign can matter.
         left, right, offset, q_segments, kv_segments, q_block, kv_block: as for ``block_sparse_attention_cpu``.
         density: share of the blocks visible through the band to keep, 0 to 1; or float32 [B or 1, H], one per head.
+            With ``blocks`` it is of each head's visible blocks.
         max_density: with a tensor of densities, a bound on them: it gives the width of the lists. None: their maximum.
         self_similarity: query and key blocks whose tokens' mean cosine is under it are computed whole.
+        blocks: a block map [B or 1, H or 1, q_blocks, kv_blocks]; what it has 0 for is not selected.
         counter: int64 [3]; [2] += blocks that hold a visible pair, over batch, heads and rows.
 
     Returns:
@@ -153,18 +159,27 @@ def select_blocks_cpu(
     """
     batch, heads, q_len, _ = q.shape
     kv_len = k.shape[2]
-    mask = Visibility(q_len, kv_len, q_block, kv_block, left, right, offset, q_segments, kv_segments)
+    blocks = check_blocks(blocks, q, k, q_block, kv_block)
+    mask = Visibility(q_len, kv_len, q_block, kv_block, left, right, offset, q_segments, kv_segments, blocks)
     shape = (q_len, kv_len, left, right, offset, q_block, kv_block)
-    if isinstance(density, Tensor):
-        shares = density.to("cpu", torch.float64).tolist()
-        bound = max_density if max_density is not None else max(max(row) for row in shares)
+    if blocks is not None:
+        shares = torch.as_tensor(density, dtype=torch.float64)
+        bound = max_density if max_density is not None else float(shares.max())
+        budget = budgets_in_map(allowed_blocks(mask, batch), torch.where(shares < bound, shares, bound)).expand(
+            batch, heads
+        )
+        width = width_in_map(mask.kv_blocks, bound)
+    elif isinstance(density, Tensor):
+        shares_of = density.to("cpu", torch.float64).tolist()
+        bound = max_density if max_density is not None else max(max(row) for row in shares_of)
         widest = blocks_per_row(*shape, density=bound)
-        budgets = [[min(widest, blocks_per_row(*shape, density=share)) for share in row] for row in shares]
+        budgets = [[min(widest, blocks_per_row(*shape, density=share)) for share in row] for row in shares_of]
     else:
         widest = blocks_per_row(*shape, density=density)
         budgets = [[widest]]
-    budget = torch.tensor(budgets, dtype=torch.int32).expand(batch, heads)
-    width = list_width(kv_len, kv_block, widest)
+    if blocks is None:
+        budget = torch.tensor(budgets, dtype=torch.int32).expand(batch, heads)
+        width = list_width(kv_len, kv_block, widest)
 
     if self_similarity is not None:
         unlike = unlike_blocks(k, kv_block, kv_segments, self_similarity)
@@ -173,10 +188,10 @@ def select_blocks_cpu(
         unlike, width = unlike | of_rows[..., None], mask.kv_blocks
         counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width, unlike)
     elif cpu_native.available(q.dtype):
-        allowed = None if kv_segments is None else allowed_blocks(mask, batch)
+        allowed = None if kv_segments is None and blocks is None else allowed_blocks(mask, batch)
         counts, indices, visible = cpu_native.select(q, k, mask, scale, allowed, budget, width)
     else:
         counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width)
     if counter is not None:
-        counter[2] += visible.expand(batch, -1).sum() * heads
+        counter[2] += visible.sum()
     return counts, indices

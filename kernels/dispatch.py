@@ -9,7 +9,21 @@ from typing import Any
 import torch
 
 from sparsepass.errors import KernelInputError
+from sparsepass.kernels.scores import Scores, check_scores
 from sparsepass.kernels.support import why_not
+
+__all__ = [
+    "UNBOUNDED",
+    "BlockLists",
+    "Columns",
+    "Scores",
+    "Visible",
+    "block_sparse_attention",
+    "check_inputs",
+    "implementations",
+    "kernel_name",
+    "visible_blocks",
+]
 
 UNBOUNDED = -1
 
@@ -21,6 +35,9 @@ class Visible:
     Query row ``i`` stands at ``p = i + offset`` and sees keys ``p - left .. p + right``; -1 lifts a side. Where
     ``kv_segments`` (int32 [B, Skv]) is given, a key must also carry the row's number in ``q_segments`` (int32 [B, Sq];
     ``None``: all 0). Keys of -1 are seen by no row: padding.
+
+    ``blocks``: a map [B or 1, H or 1, nq, nkv] of the lists' blocks, bool or as ``visible_blocks`` makes it: what it
+    has 0 for is neither selected nor computed nor counted. It must say so of every block that the band hides too.
     """
 
     left: int = UNBOUNDED
@@ -28,8 +45,10 @@ class Visible:
     offset: int = 0
     q_segments: torch.Tensor | None = None
     kv_segments: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
+        """The band and the segments, as the launchers name them."""
         return {
             "left": self.left,
             "right": self.right,
@@ -59,6 +78,10 @@ class BlockLists:
     ``kv_num_blocks`` int32 [B, H, nq] (B and H may be 1) and ``kv_indices`` int32 [B, H, nq, width]: the first
     ``kv_num_blocks`` entries of a row count, are distinct and ascend. Blocks are ``q_block`` by ``kv_block`` tokens.
     ``columns``: single keys besides the blocks, or None.
+
+    ``skip``: in [0, 1). A listed block whose scores all lie more than ``-log(skip)`` under the greatest that their row
+    met before may be left out, tile by tile, once its scores are known (skip-softmax, BLASST, arXiv 2512.12087): its
+    weights are less than ``skip`` times the row's greatest. 0: none is.
     """
 
     kv_num_blocks: torch.Tensor
@@ -66,6 +89,7 @@ class BlockLists:
     q_block: int
     kv_block: int
     columns: Columns | None = None
+    skip: float = 0.0
 
 
 def block_sparse_attention(
@@ -76,24 +100,29 @@ def block_sparse_attention(
     *,
     scale: float,
     visible: Visible,
+    scores: Scores | None = None,
     return_lse: bool = False,
     counter: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of query [B, H, Sq, D] over the listed blocks of key [B, Hkv, Skv, D] and value [B, Hkv, Skv, D].
+    """Attention of query [B, H, Sq, D] over the listed blocks of key [B, Hkv, Skv, D] and value [B, Hkv, Skv, Dv].
 
-    fp16, bf16 or fp32, any strides, H a multiple of Hkv. Returns the output [B, H, Sq, D], laid out as [B, Sq, H, D],
-    and the log-sum-exp float32 [B, H, Sq] of the scaled scores (natural logarithm; None unless asked for). A row that
-    sees nothing gives 0 and -inf. ``counter``: int64 [3] on the device; a launch and the listed blocks are added to
-    its first two entries, with columns also the blocks that a row's columns would fill. With columns the result is
-    the softmax over the union of listed blocks and columns. No host synchronization. ``implementation``: one of
-    ``implementations(device)``; one asked for by name never falls back. Raises ``KernelInputError``.
+    fp16, bf16 or fp32, any strides, H a multiple of Hkv. Returns the output [B, H, Sq, Dv], laid out [B, Sq, H, Dv],
+    and the log-sum-exp float32 [B, H, Sq] of the scores (natural logarithm; None unless asked for). ``scores``: what
+    happens to them between scaling and softmax; a listed block of which it hides every pair is not computed. A row
+    that sees nothing gives 0 and -inf. ``counter``: int64 [3] on the device; a launch and the computed blocks are
+    added to its first two entries, with columns also the blocks that a row's columns would fill. With columns the
+    result is the softmax over the union of listed blocks and columns. No host synchronization. ``implementation``:
+    one of ``implementations(device)``; one asked for by name never falls back. Raises ``KernelInputError``.
     """
     check_inputs(query, key, value)
+    scores = check_scores(scores, query, key)
     if implementation not in (known := implementations(query.device)):
         raise KernelInputError(
             f"implementation is {implementation!r}; accepted on {query.device.type} are {', '.join(known)}."
         )
+    if not 0 <= lists.skip < 1:
+        raise KernelInputError(f"lists.skip is {lists.skip!r}; accepted is 0 (nothing is skipped) and up to under 1.")
     chosen: dict[str, Any] = {} if implementation == "auto" else {"implementation": implementation}
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     if query.device.type == "cuda":
@@ -114,12 +143,15 @@ def block_sparse_attention(
         **visible.arguments(),
         q_block=lists.q_block,
         kv_block=lists.kv_block,
+        scores=scores,
+        blocks=visible.blocks,
+        skip=lists.skip,
         return_lse=return_lse or lists.columns is not None,
         counter=counter,
         **chosen,
     )
     if lists.columns is not None and lse is not None:
-        _add_columns(query, key, value, lists, lists.columns, out, lse, scale, visible, counter)
+        _add_columns(query, key, value, lists, lists.columns, out, lse, scale, visible, scores, counter)
     return out, lse if return_lse else None
 
 
@@ -128,12 +160,29 @@ def implementations(device: torch.device) -> tuple[str, ...]:
     return ("auto", "hopper", "triton") if device.type == "cuda" else ("auto",)
 
 
-def kernel_name(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lists: BlockLists, *, scale: float) -> str:
+def kernel_name(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    scores: Scores | None = None,
+) -> str:
     """The kernel that ``block_sparse_attention`` takes by itself: hopper, triton, native (C++) or gathered (torch)."""
     if query.device.type == "cuda":
         from sparsepass.kernels import attend_hopper
 
-        reason = attend_hopper.why_not(query, key, value, scale=scale, q_block=lists.q_block, kv_block=lists.kv_block)
+        reason = attend_hopper.why_not(
+            query,
+            key,
+            value,
+            scale=scale,
+            q_block=lists.q_block,
+            kv_block=lists.kv_block,
+            scores=scores,
+            skip=lists.skip,
+        )
         return "triton" if reason else "hopper"
     from sparsepass.kernels import cpu_native
 
@@ -150,6 +199,7 @@ def _add_columns(
     lse: torch.Tensor,
     scale: float,
     visible: Visible,
+    scores: Scores | None,
     counter: torch.Tensor | None,
 ) -> None:
     """Continue the softmax of ``out`` and ``lse`` over the columns, in place."""
@@ -176,7 +226,40 @@ def _add_columns(
         **visible.arguments(),
         q_block=lists.q_block,
         kv_block=lists.kv_block,
+        scores=scores,
+        blocks=visible.blocks,
         counter=counter,
+    )
+
+
+def visible_blocks(
+    query: torch.Tensor, key: torch.Tensor, scores: Scores, visible: Visible, *, q_block: int, kv_block: int
+) -> torch.Tensor:
+    """The block map of ``scores``' mask and bias, the band and the segments: int8 [B or 1, H or 1, nq, nkv].
+
+    0: no pair of the block is visible. 2: mask and bias hide no pair of it (the band or segments may). 1: otherwise.
+    Mask and bias are read once. No host synchronization. Raises ``KernelInputError``.
+    """
+    found = check_scores(scores, query, key)
+    if found is None or not found.hides:
+        raise KernelInputError("visible_blocks is for scores with a mask or a bias; without them the band decides.")
+    make: Callable[..., torch.Tensor]
+    if query.device.type == "cuda":
+        from sparsepass.kernels.block_map_triton import block_map_cuda
+
+        make = block_map_cuda
+    else:
+        from sparsepass.kernels.block_map_cpu import block_map_cpu
+
+        make = block_map_cpu
+    return make(
+        found,
+        **visible.arguments(),
+        batch=query.shape[0],
+        q_len=query.shape[2],
+        kv_len=key.shape[2],
+        q_block=q_block,
+        kv_block=kv_block,
     )
 
 

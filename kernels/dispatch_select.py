@@ -54,6 +54,7 @@ def select_pooled_topk(
         density=density,
         max_density=max_density,
         self_similarity=self_similarity,
+        blocks=visible.blocks,
         counter=counter,
     )
     return BlockLists(num, indices, size, size)
@@ -96,6 +97,7 @@ def select_scored(
         kv_block=size,
         rule=rule,
         dial=dial,
+        blocks=visible.blocks,
         counter=counter,
     )
     return BlockLists(num, indices, size, size)

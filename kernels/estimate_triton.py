@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
-from sparsepass.kernels.blocks import ceil_div, tile_side
+from sparsepass.kernels.blocks import ceil_div, dim_steps
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.prepared import run_prepared
 from sparsepass.kernels.spec import capability_of, refuse_unsupported
@@ -321,7 +321,7 @@ def estimate_launches(
     batch, heads, _, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     windows = starts.shape[1]
-    block_d = tile_side(head_dim)
+    block_d, dim_step = dim_steps(head_dim, 64)
     wide = q.dtype == torch.float32
     major = capability_of(q.device)[0]
     # Keys per step, first and second pass: as many as do not spill. Summing diagonals takes registers.
@@ -366,7 +366,7 @@ def estimate_launches(
         "WINDOW": rows,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "DIM_STEP": 16 if wide else block_d,
+        "DIM_STEP": 16 if wide else dim_step,
         "HAS_SEGMENTS": kv_segments is not None,
         "HAS_Q_SEGMENTS": q_segments is not None,
         "PRECISION": "tf32x3",

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels.blocks import ceil_div
 from sparsepass.kernels.dispatch import BlockLists, Columns, Visible
+from sparsepass.kernels.scores import HIDDEN
 from sparsepass.kernels.slash import (
     SINK_TOKENS,
     Estimate,
@@ -48,8 +49,8 @@ def select_flex_prefill(
     ``gamma``: share of the estimated attention that the kept sets cover; 1: every block. ``tau``: a head whose
     divergence is under it adds blocks of the pooled map, by flattened cumulative mass ``gamma``, to the least sets;
     0: none does. ``min_budget``: tokens that the columns, and the diagonals of blocks, hold at least. ``most``: share
-    of the visible area that neither the two sets together nor the map exceed: it sizes the buffers. ``queries``: how
-    many are sampled, a multiple of 64. ``dial``: float32 [B or 1, H or 1] in place of ``gamma``, which is their cap.
+    of the visible area that a head computes at most, sets and map together: it sizes the buffers. ``queries``: how many
+    are sampled, a multiple of 64. ``dial``: float32 [B or 1, H or 1] in place of ``gamma``, which is their cap.
     ``counter``: int64 [3]; [2] += visible blocks. Raises ``KernelInputError``.
     """
     if not 0 < most <= 1:
@@ -68,21 +69,25 @@ def select_flex_prefill(
     sets = wanted
     extra = None
     most_blocks, most_columns = problem.split(problem.budget(most), None)
+    most_diagonals = problem.diagonals_within(most_blocks)
+    least_diagonals = min(most_diagonals, ceil_div(min_budget, problem.block))
+    least_columns = min(min_budget, most_columns)
     width = problem.blocks if gamma >= 1 or tau > 0 else min(problem.blocks, most_blocks + 2)
     if tau > 0:
         allowed = allowed_map(run, problem, visible, query.device)
         key_means = block_means(key, problem.block, visible.kv_segments)
         aware = divergence(query, key_means, problem, visible, found, scale) < tau
         sets = torch.where(aware, 0.0, wanted)
-        extra = pooled_blocks(query, key_means, allowed, problem, visible, scale, wanted, aware, most, run)
+        taken = problem.listed_by(least_diagonals) + ceil_div(least_columns, problem.block)  # by an aware head's sets
+        room = flattened_limit(problem, most, taken)
+        extra = pooled_blocks(query, key_means, allowed, problem, visible, scale, wanted, aware, room, run)
 
     def each(number: int) -> Tensor:
         return torch.full(shape, number, dtype=torch.int32, device=query.device)
 
     slashes = run.keep_best(found.diagonals, most=problem.diagonals, width=0, share=sets, least=each(0))
-    chosen = keep_diagonals(run, problem, found, most_blocks - 1, slashes.rank).flags
-    least_blocks = min(most_blocks - 1, ceil_div(min_budget, problem.block))
-    chosen = chosen | keep_diagonals(run, problem, found, least_blocks, None).flags
+    chosen = keep_diagonals(run, problem, found, most_diagonals, slashes.rank).flags
+    chosen = chosen | keep_diagonals(run, problem, found, least_diagonals, None).flags
     chosen = chosen | everything[..., None].to(torch.int8)
     lists = run.lists(
         chosen, extra, first_shift=problem.first_shift, **list_arguments(problem, visible, width, counter)
@@ -95,7 +100,7 @@ def select_flex_prefill(
             most=tokens,
             width=most_columns,
             share=sets,
-            least=each(min(min_budget, most_columns)),
+            least=each(least_columns),
             first=found.first_key,
             forced=SINK_TOKENS,
         )
@@ -104,10 +109,12 @@ def select_flex_prefill(
 
 
 def allowed_map(run: Steps, problem: Problem, visible: Visible, device: torch.device) -> Tensor:
-    """Bool [B or 1, nq, nkv]: blocks with a visible pair."""
+    """Bool [B or 1, H or 1, nq, nkv]: blocks with a visible pair."""
+    if visible.blocks is not None:
+        return band_blocks(problem, device) & (visible.blocks != HIDDEN)
     if visible.kv_segments is not None:
         return run.allowed(problem, visible).bool()
-    return band_blocks(problem, device)[None]
+    return band_blocks(problem, device)[None, None]
 
 
 def band_blocks(problem: Problem, device: torch.device) -> Tensor:
@@ -211,17 +218,20 @@ def pooled_blocks(
     scale: float,
     wanted: Tensor,
     aware: Tensor,
-    most: float,
+    room: int,
     run: Steps,
 ) -> Tensor:
-    """int8 [B, H, nq, nkv]: of query-aware heads, the fewest blocks of the pooled map that cover ``wanted`` of it."""
+    """int8 [B, H, nq, nkv]: of query-aware heads, the fewest blocks of the pooled map that cover ``wanted`` of it.
+
+    ``room``: at most so many of a head, all rows together.
+    """
     heads, kv_heads = query.shape[1], key_means.shape[1]
     means = block_means(query, problem.block, None if visible.kv_segments is None else visible.q_segments)
     grouped = means.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
     scores = (torch.matmul(grouped, key_means.transpose(2, 3)) * scale).view(problem.batch, heads, problem.rows, -1)
-    scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill_(~allowed[:, None], -torch.inf)
+    scores = torch.where(scores.isnan(), -torch.inf, scores).masked_fill_(~allowed, -torch.inf)
     share = torch.nan_to_num_(scores.softmax(-1), nan=0.0)
-    limit = torch.where(aware, flattened_limit(problem, most), 0).int().contiguous()
+    limit = torch.where(aware, room, 0).int().contiguous()
     kept = run.keep_best(
         share.flatten(2).contiguous(), most=limit, width=0, share=wanted.contiguous(), least=torch.zeros_like(limit)
     )

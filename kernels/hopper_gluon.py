@@ -111,6 +111,7 @@ def _load_blocks(
         _write(notes.index(note + 4), item)
         _write(notes.index(note + 5), head)
         _write(notes.index(note + 6), row)
+        _write(notes.index(note + 7), 2 * q_slot)
         gl.store(redo_ptr + tile, 0)
         synchronize()
         for half in gl.static_range(2):
@@ -168,6 +169,32 @@ def _hide(
 
 
 @gluon.jit
+def _pack(weights, DTYPE: gl.constexpr, PACKED: gl.constexpr):
+    """Weights float32 [64, KEYS] in pairs of DTYPE as int32 [64, KEYS / 2], where PACKED, else in DTYPE.
+
+    Carried from step to step as 16-bit values, each takes a register, and two instructions to split and join.
+    """
+    if PACKED:
+        low, high = weights.reshape([weights.shape[0], weights.shape[1] // 2, 2]).split()
+        CONVERT: gl.constexpr = "cvt.rn.bf16x2.f32" if gl.bfloat16 == DTYPE else "cvt.rn.f16x2.f32"
+        return gl.inline_asm_elementwise(CONVERT + " $0, $2, $1;", "=r,r,r", [low, high], gl.int32, True, 1)
+    else:
+        return weights.to(DTYPE)
+
+
+@gluon.jit
+def _unpack(packed, DTYPE: gl.constexpr, PACKED: gl.constexpr):
+    """The weights of ``_pack``: DTYPE [64, KEYS]."""
+    if PACKED:
+        SPLIT: gl.constexpr = "mov.b32 {$0, $1}, $2;"
+        low, high = gl.inline_asm_elementwise(SPLIT, "=h,=h,r", [packed], (gl.int16, gl.int16), True, 1)
+        pairs = gl.join(low, high).reshape([packed.shape[0], packed.shape[1] * 2])
+        return pairs.to(DTYPE, bitcast=True)
+    else:
+        return packed
+
+
+@gluon.jit
 def _compute_rows(
     o_desc, q_smem, o_smem, k_smem, v_smem, notes, q_full, q_empty, full, empty,
     parted_ptr, q_segments_ptr, kv_segments_ptr, lse_ptr, redo_ptr, log2_scale, span_stride_b, span_stride_h,
@@ -187,6 +214,7 @@ def _compute_rows(
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     OVERLAP: gl.constexpr = Q_SLOTS == 2
+    PACKED: gl.constexpr = DIM <= 128  # at 256 the registers are better used otherwise
     zero = gl.zeros([64, KEYS], gl.float32, SCORES)
     slot = 0
     phase = 0
@@ -230,7 +258,7 @@ def _compute_rows(
         base = gl.where(top == float("-inf"), 0.0, top)
         weights = gl.exp2(scores * log2_scale - base[:, None])
         total = gl.sum(weights, 1)
-        operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
+        packed = _pack(weights, DTYPE, PACKED)
         acc = gl.zeros([64, DIM], gl.float32, OUT)
         for step in range(1, edges):
             place = item.to(gl.int64) * span_stride_b + head.to(gl.int64) * span_stride_h + row // PER_ROW
@@ -238,6 +266,7 @@ def _compute_rows(
             start += step % PER_BLOCK * KEYS
             mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
+            operand = gl.convert_layout(_unpack(packed, DTYPE, PACKED), WEIGHTS)
             scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             scores, acc = warpgroup_mma_wait(num_outstanding=0, deps=(scores, acc))
@@ -255,10 +284,15 @@ def _compute_rows(
             total = total * decay + gl.sum(weights, 1)
             top = new_top
             acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
-            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
+            packed = _pack(weights, DTYPE, PACKED)
+        if PACKED:
+            # The place of the queries, read anew: if both loops share one, ptxas 12.8 computes its descriptors before
+            # the first loop alone, and the second reads what is not set where the first is skipped (``sass.py``).
+            q = q_smem.index(_read(notes.index(8 * q_slot + 7)) + HALF).reshape([64, DIM])
         for _ in range(gl.maximum(edges, 1), steps):
             mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
+            operand = gl.convert_layout(_unpack(packed, DTYPE, PACKED), WEIGHTS)
             scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
@@ -271,7 +305,7 @@ def _compute_rows(
             synchronize()
             mbarrier.arrive(empty.index(slot), count=1)
             acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
-            operand = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
+            packed = _pack(weights, DTYPE, PACKED)
             slot, phase = _next_slot(slot, phase, SLOTS)
 
         turn += 1
@@ -282,6 +316,7 @@ def _compute_rows(
             mbarrier.wait(q_full.index(2 * next_slot + HALF), turn // Q_SLOTS & 1)
             mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
+            operand = gl.convert_layout(_unpack(packed, DTYPE, PACKED), WEIGHTS)
             scores = warpgroup_mma(next_q, keys, zero, use_acc=False, is_async=True)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             scores, acc = warpgroup_mma_wait(num_outstanding=0, deps=(scores, acc))
@@ -290,6 +325,7 @@ def _compute_rows(
             staged = o_smem.index(HALF)
         else:
             mbarrier.wait(full.index(slot), phase)
+            operand = gl.convert_layout(_unpack(packed, DTYPE, PACKED), WEIGHTS)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             staged = q_smem.index(HALF)  # shared memory has no room for both

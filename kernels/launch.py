@@ -22,7 +22,18 @@ VARYING = (
     *("left", "right", "offset", "budget", "most", "heads", "kv_heads", "group", "times", "planes"),
     *("q_planes", "kv_planes", "stride_b", "segment_stride_b", "q_segments_stride_b", "kv_segments_stride_b"),
     *("count_stride_b", "count_stride_h", "list_stride_b", "list_stride_h", "list_stride_r", "span_stride_b"),
-    *("span_stride_h", "budget_stride_b", "density_stride_b", "out_stride_h", "out_stride_r", "out_stride_d"),
+    *(
+        "span_stride_h",
+        "allowed_stride_b",
+        "allowed_stride_h",
+        "blocks_stride_b",
+        "blocks_stride_h",
+        "budget_stride_b",
+        "density_stride_b",
+        "out_stride_h",
+        "out_stride_r",
+        "out_stride_d",
+    ),
 )
 """Kernel arguments, by name, that Triton must not compile variants for: they change from one request to the next."""
 
@@ -60,6 +71,19 @@ def empty_block_ranges(segments: Tensor, block: int) -> Tensor:
     """Room for the least and greatest segment of each block: int32 [2, B, blocks]."""
     batch, length = segments.shape
     return torch.empty(2, batch, ceil_div(length, block), dtype=torch.int32, device=segments.device)
+
+
+def allowed_arguments(allowed: Tensor | None, unused: Tensor) -> dict[str, Any]:
+    """What a kernel that lists blocks is told of the map of those it may list: int8 [B or 1, H or 1, nq, nkv], or None.
+
+    The map's rows are contiguous. ``unused``: a pointer for what is not there; never read.
+    """
+    return {
+        "allowed_ptr": unused if allowed is None else allowed,
+        "allowed_stride_b": 0 if allowed is None or allowed.shape[0] == 1 else allowed.stride(0),
+        "allowed_stride_h": 0 if allowed is None or allowed.shape[1] == 1 else allowed.stride(1),
+        "HAS_ALLOWED": allowed is not None,
+    }
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:

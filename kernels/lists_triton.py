@@ -39,7 +39,10 @@ def _partition_lists(
     ticket_ptr,
     q_ranges_ptr,
     kv_ranges_ptr,
+    blocks_ptr,
     counter_ptr,
+    blocks_stride_b,
+    blocks_stride_h,
     count_stride_b,
     count_stride_h,
     count_stride_r,
@@ -68,7 +71,8 @@ def _partition_lists(
 ):
     """Copies one row's list with the blocks that need a mask first; writes its length and how many those are.
 
-    Sets the ticket counter to 0, from which the attention's programs may draw their tiles.
+    ``blocks_ptr``: a block map int8 [B or 1, H or 1, rows, kv_blocks] or None. What it has 0 for is left out, and what
+    it has no 2 for needs a mask. Sets the ticket counter to 0, from which the attention's programs may draw.
 
     Grid: (rows, heads, batch) of the lists. ``times`` is how many (batch, head) pairs share a row, for the counter.
     """
@@ -99,11 +103,23 @@ def _partition_lists(
         q_low = 0
         q_high = 0
 
+    if blocks_ptr is not None:
+        states = blocks_ptr + item.to(tl.int64) * blocks_stride_b + head.to(tl.int64) * blocks_stride_h
+        states = states + row.to(tl.int64) * kv_blocks
+        listed = count
+        count = 0
+        for begin in range(0, listed, CHUNK):
+            entry = begin + tl.arange(0, CHUNK)
+            block = tl.load(source + entry.to(tl.int64) * list_stride_e, mask=entry < listed, other=0)
+            kept = tl.load(states + block, mask=entry < listed, other=0) != 0
+            count += tl.sum(kept.to(tl.int32), 0)
+    else:
+        listed = count
     edges = 0
     inner = 0
-    for begin in range(0, count, CHUNK):
+    for begin in range(0, listed, CHUNK):
         entry = begin + tl.arange(0, CHUNK)
-        valid = entry < count
+        valid = entry < listed
         block = tl.load(source + entry.to(tl.int64) * list_stride_e, mask=valid, other=0)
         first_key = block * KV_BLOCK
         last_key = first_key + KV_BLOCK - 1
@@ -113,6 +129,10 @@ def _partition_lists(
             kv_high = tl.load(kv_ranges_ptr + kv_planes + item * kv_blocks + block, mask=valid, other=0)
             # A range of one segment on both sides, the same, and no padding: then every pair is visible.
             whole = whole & (kv_low == kv_high) & (q_low == q_high) & (kv_low == q_low) & (kv_low != -1)
+        if blocks_ptr is not None:
+            state = tl.load(states + block, mask=valid, other=0)
+            valid = valid & (state != 0)
+            whole = whole & (state == 2)
         edge = (valid & (whole == 0)).to(tl.int32)
         whole_here = (valid & whole).to(tl.int32)
         tl.store(target + edges + tl.cumsum(edge, 0) - 1, block, mask=edge != 0)
@@ -163,12 +183,13 @@ def partition_launches(
     q_block: int,
     kv_block: int,
     counter: Tensor | None,
+    blocks: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor, Tensor]:
     """Launches that order every list with the blocks needing a mask first, and what they fill.
 
     Returns (launches, lists int32 [Bp, Hp, nq, width], spans int32 [Bp, Hp, nq, 2]: a list's length, and how many of
-    its blocks need a mask, a ticket counter int32 [1] at 0); Hp is that of the given lists, Bp too unless there are
-    segments.
+    its blocks need a mask, a ticket counter int32 [1] at 0); Bp and Hp are those of the given lists, Bp B if there are
+    segments, and either that of the contiguous map ``blocks`` (int8 [B or 1, H or 1, nq, nkv]) if that is not shared.
     """
     launches: list[Launch] = []
     q_ranges = kv_ranges = None
@@ -182,8 +203,11 @@ def partition_launches(
     width = kv_indices.shape[3]
     # Which blocks need a mask depends on the batch item once there are segments, even if the lists are shared.
     part_batch = batch if kv_segments is not None else list_batch
-    spans = kv_indices.new_empty(part_batch, list_heads, rows, 2)
-    parted = kv_indices.new_empty(part_batch, list_heads, rows, width)
+    part_heads = list_heads
+    if blocks is not None:
+        part_batch, part_heads = max(part_batch, blocks.shape[0]), max(part_heads, blocks.shape[1])
+    spans = kv_indices.new_empty(part_batch, part_heads, rows, 2)
+    parted = kv_indices.new_empty(part_batch, part_heads, rows, width)
     ticket = kv_indices.new_empty(1)
     unused = spans  # a pointer for what is not there; never read
     arguments: dict[str, Any] = {
@@ -194,7 +218,10 @@ def partition_launches(
         "ticket_ptr": ticket,
         "q_ranges_ptr": unused if q_ranges is None else q_ranges,
         "kv_ranges_ptr": unused if kv_ranges is None else kv_ranges,
+        "blocks_ptr": blocks,
         "counter_ptr": unused if counter is None else counter,
+        "blocks_stride_b": 0 if blocks is None or blocks.shape[0] == 1 else blocks.stride(0),
+        "blocks_stride_h": 0 if blocks is None or blocks.shape[1] == 1 else blocks.stride(1),
         "count_stride_b": kv_num_blocks.stride(0) if list_batch > 1 else 0,
         "count_stride_h": kv_num_blocks.stride(1) if list_heads > 1 else 0,
         "count_stride_r": kv_num_blocks.stride(2),
@@ -202,7 +229,7 @@ def partition_launches(
         "list_stride_h": kv_indices.stride(1) if list_heads > 1 else 0,
         "list_stride_r": kv_indices.stride(2),
         "list_stride_e": kv_indices.stride(3),
-        "heads": list_heads,
+        "heads": part_heads,
         "rows": rows,
         "width": width,
         "q_len": q_len,
@@ -213,7 +240,7 @@ def partition_launches(
         "kv_blocks": ceil_div(kv_len, kv_block),
         "q_planes": 0 if q_ranges is None else q_ranges.stride(0),
         "kv_planes": 0 if kv_ranges is None else kv_ranges.stride(0),
-        "times": (batch // part_batch) * (heads // list_heads),
+        "times": (batch // part_batch) * (heads // part_heads),
         "Q_BLOCK": q_block,
         "KV_BLOCK": kv_block,
         "CHUNK": 64,
@@ -221,5 +248,5 @@ def partition_launches(
         "HAS_Q_SEGMENTS": q_segments is not None,
         "COUNT": counter is not None,
     }
-    launches.append(Launch(_partition_lists, (rows, list_heads, part_batch), arguments, {"num_warps": 1}))
+    launches.append(Launch(_partition_lists, (rows, part_heads, part_batch), arguments, {"num_warps": 1}))
     return launches, parted, spans, ticket

@@ -40,6 +40,7 @@ def _average_blocks(
     blocks,
     least,
     BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,25 +55,32 @@ def _average_blocks(
     block = tl.program_id(0)
     head = tl.program_id(1)
     item = tl.program_id(2)
-    token = block * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, BLOCK_D)
-    used = token < length
-    if HAS_SEGMENTS:
-        segment_row = segments_ptr + item.to(tl.int64) * segment_stride_b
-        segment = tl.load(segment_row + token.to(tl.int64) * segment_stride_s, mask=used, other=-1)
-        used = segment != -1
     base = x_ptr + item.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
-    x = tl.load(
-        base + token.to(tl.int64)[:, None] * x_stride_s + dim.to(tl.int64)[None, :] * x_stride_d,
-        mask=used[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    count = tl.maximum(tl.sum(used.to(tl.int32), 0), 1)
+    count = 0
+    total = tl.zeros([BLOCK_D], tl.float32)
+    middle = tl.zeros([BLOCK_D], tl.float32)
+    for begin in tl.static_range(0, BLOCK, TOKENS):
+        token = block * BLOCK + begin + tl.arange(0, TOKENS)
+        used = token < length
+        if HAS_SEGMENTS:
+            segment_row = segments_ptr + item.to(tl.int64) * segment_stride_b
+            segment = tl.load(segment_row + token.to(tl.int64) * segment_stride_s, mask=used, other=-1)
+            used = segment != -1
+        x = tl.load(
+            base + token.to(tl.int64)[:, None] * x_stride_s + dim.to(tl.int64)[None, :] * x_stride_d,
+            mask=used[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        count += tl.sum(used.to(tl.int32), 0)
+        total += tl.sum(x, 0)
+        if FIND_UNLIKE:
+            middle += tl.sum(x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-30)[:, None], 0)
+    count = tl.maximum(count, 1)
     out = out_ptr + (item * heads + head).to(tl.int64) * out_stride_h + block.to(tl.int64) * out_stride_r
-    tl.store(out + dim.to(tl.int64) * out_stride_d, tl.sum(x, 0) / count.to(tl.float32), mask=dim < PADDED_DIM)
+    tl.store(out + dim.to(tl.int64) * out_stride_d, total / count.to(tl.float32), mask=dim < PADDED_DIM)
     if FIND_UNLIKE:
-        unit = x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-30)[:, None]
-        middle = tl.sum(unit, 0) / count.to(tl.float32)
+        middle = middle / count.to(tl.float32)
         alike = tl.sum(middle * middle, 0) >= least
         tl.store(unlike_ptr + (item * heads + head).to(tl.int64) * blocks + block, (alike == 0).to(tl.int8))
 
@@ -191,6 +199,7 @@ def average_launch(
         "blocks": blocks,
         "least": 0.0 if self_similarity is None else self_similarity,
         "BLOCK": block,
+        "TOKENS": block if padded <= 256 else min(block, 16),
         "HEAD_DIM": head_dim,
         "PADDED_DIM": padded,
         "BLOCK_D": tile_side(padded),
@@ -203,7 +212,7 @@ def average_launch(
 def allowed_launches(
     q_segments: Tensor | None, kv_segments: Tensor, band: dict[str, int], q_block: int, kv_block: int
 ) -> tuple[list[Launch], Tensor]:
-    """Launches that find the blocks with any visible pair under segments, and their result int8 [B, nq, nkv].
+    """Launches that find the blocks with any visible pair under segments, and their result int8 [B, 1, nq, nkv].
 
     ``band``: q_len, kv_len, left, right (``launch.side``) and offset.
     """
@@ -215,7 +224,7 @@ def allowed_launches(
         launch, q_ranges = segment_range_launch(q_segments, q_block)
         launches.append(launch)
     batch = kv_segments.shape[0]
-    allowed = torch.empty(batch, rows, blocks, dtype=torch.int8, device=kv_segments.device)
+    allowed = torch.empty(batch, 1, rows, blocks, dtype=torch.int8, device=kv_segments.device)
     seen_q = kv_segments if q_segments is None else q_segments
     arguments: dict[str, Any] = {
         "q_segments_ptr": seen_q,

@@ -8,12 +8,19 @@ The conventions of every function here, and of every launcher in this package:
   visible iff its segment equals the query's and is not -1: -1 marks padding, which nobody sees and which sees nothing.
 * Block lists are FlexAttention's: ``kv_num_blocks`` int32 [B or 1, H or 1, nq], ``kv_indices`` int32
   [B or 1, H or 1, nq, width], the first ``kv_num_blocks`` entries of a row valid, unique and ascending.
+* Scores: ``kernels/scores.py`` says what may happen to them between scaling and softmax.
 """
 
+from __future__ import annotations
+
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsepass.kernels.scores import Scores
 
 
 def visible_pairs(
@@ -58,6 +65,32 @@ def listed_blocks(kv_num_blocks: Tensor, kv_indices: Tensor, kv_blocks: int) -> 
     return named.to(kv_indices.device)
 
 
+def shown_by_scores(scores: Scores | None) -> Tensor:
+    """Bool [B or 1, H or 1, Sq or 1, Skv or 1]: the pairs that neither the mask nor the bias hides."""
+    shown = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    if scores is not None and scores.mask is not None:
+        shown = scores.mask
+    if scores is not None and scores.bias is not None:
+        least = {torch.float16: -32752.0, torch.float64: -8.98e307}.get(scores.bias.dtype, -1.69e38)
+        shown = shown.to(scores.bias.device) & ~(scores.bias < least)
+    return shown
+
+
+def changed_scores(raw: Tensor, scores: Scores | None, offset: int) -> Tensor:
+    """Scaled scores [B, H, Sq, Skv] after soft cap, slopes and bias; hidden pairs come out as anything."""
+    if scores is None:
+        return raw
+    if scores.softcap is not None:
+        raw = scores.softcap * torch.tanh(raw / scores.softcap)
+    if scores.slopes is not None:
+        position = torch.arange(raw.shape[2], device=raw.device)[:, None] + offset
+        distance = torch.arange(raw.shape[3], device=raw.device)[None, :] - position
+        raw = raw + scores.slopes.to(raw.dtype)[..., None, None] * distance
+    if scores.bias is not None:
+        raw = raw + scores.bias.to(raw.dtype)
+    return raw
+
+
 def block_sparse_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -73,11 +106,12 @@ def block_sparse_attention_reference(
     kv_segments: Tensor | None,
     q_block: int,
     kv_block: int,
+    scores: Scores | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks: (out [B, H, Sq, Dv] like ``q``, log-sum-exp [B, H, Sq], natural log).
 
-    Computed in float64 for float64 inputs, else in float32. A row with no visible listed key gives 0 and -inf. A
-    non-finite key or value reaches the rows that see it, and no others.
+    Computed in float64 for float64 inputs, else in float32. A row with no visible listed key gives 0 and -inf, or the
+    sink. A non-finite key or value reaches the rows that see it, and no others.
     """
     batch, heads, q_len, _ = q.shape
     kv_len = k.shape[2]
@@ -99,13 +133,21 @@ def block_sparse_attention_reference(
         batch=batch,
         device=q.device,
     )
-    visible = (pairs & seen[:, None]).expand(batch, heads, q_len, kv_len)
+    visible = pairs & seen[:, None] & shown_by_scores(scores).to(q.device)
+    visible = visible.expand(batch, heads, q_len, kv_len)
 
-    scores = (q.to(compute) @ keys.transpose(-1, -2) * scale).masked_fill(~visible, float("-inf"))
-    top = scores.amax(-1, keepdim=True)
+    logits = changed_scores(q.to(compute) @ keys.transpose(-1, -2) * scale, scores, offset)
+    logits = logits.masked_fill(~visible, float("-inf"))
+    top = logits.amax(-1, keepdim=True)
+    sink = None
+    if scores is not None and scores.sinks is not None:
+        sink = scores.sinks.to(compute)[:, None, None]
+        top = torch.maximum(top, sink)
     top = torch.where(top == float("-inf"), 0.0, top)
-    weights = (scores - top).exp()
+    weights = (logits - top).exp()
     total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - top).exp()
     lse = (top + total.log()).squeeze(-1)
     weights = torch.where(total == 0, 0.0, weights / total)
 
@@ -130,11 +172,13 @@ def block_scores_reference(
     kv_segments: Tensor | None,
     q_block: int,
     kv_block: int,
+    blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled scores float64, and bool masks of the allowed and the always-kept blocks, each [B, H, nq, nkv].
 
     A block's score is the mean of its queries dotted with the mean of its keys, times ``scale``; tokens of segment -1
-    are left out of the means. A block is allowed iff any pair in it is visible. Always kept, where allowed: the first
+    are left out of the means. A block is allowed iff any pair in it is visible, and ``blocks`` (bool [B or 1, H or 1,
+    nq, nkv]), if given, has it. Always kept, where allowed: the first
     allowed block of the row, the block at the position of the row's last query, and the one before it.
     """
     batch, heads, q_len, _ = q.shape
@@ -151,25 +195,26 @@ def block_scores_reference(
         batch=batch,
         device=q.device,
     )
-    allowed = torch.zeros(batch, q_blocks, kv_blocks, dtype=torch.bool, device=q.device)
+    allowed = torch.zeros(batch, heads, q_blocks, kv_blocks, dtype=torch.bool, device=q.device)
     kept = torch.zeros_like(allowed)
     for row in range(q_blocks):
         rows = slice(row * q_block, (row + 1) * q_block)
         for column in range(kv_blocks):
             columns = slice(column * kv_block, (column + 1) * kv_block)
-            allowed[:, row, column] = seen[:, rows, columns].flatten(1).any(1)
+            allowed[:, :, row, column] = seen[:, rows, columns].flatten(1).any(1)[:, None]
+        if blocks is not None:
+            allowed[:, :, row] &= blocks[:, :, row].bool()
         diagonal = (min((row + 1) * q_block, q_len) - 1 + offset) // kv_block
-        for item in range(batch):
-            forced = {diagonal - 1, diagonal} | set(allowed[item, row].nonzero().flatten().tolist()[:1])
+        for item, head in product(range(batch), range(heads)):
+            forced = {diagonal - 1, diagonal} | set(allowed[item, head, row].nonzero().flatten().tolist()[:1])
             for column in forced:
-                if 0 <= column < kv_blocks and allowed[item, row, column]:
-                    kept[item, row, column] = True
+                if 0 <= column < kv_blocks and allowed[item, head, row, column]:
+                    kept[item, head, row, column] = True
 
     queries = _block_means(q, None if kv_segments is None else q_segments, q_block)
     keys = _block_means(k, kv_segments, kv_block).repeat_interleave(heads // k.shape[1], dim=1)
     scores = queries @ keys.transpose(-1, -2) * scale
-    shape = (batch, heads, q_blocks, kv_blocks)
-    return scores, allowed[:, None].expand(shape), kept[:, None].expand(shape)
+    return scores, allowed, kept
 
 
 def _block_means(x: Tensor, segments: Tensor | None, block: int) -> Tensor:
@@ -198,11 +243,13 @@ def select_blocks_reference(
     q_block: int,
     kv_block: int,
     density: float | Tensor,
+    blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pooled block top-k (The Sparse Frontier, arXiv 2504.17768): (kv_num_blocks, kv_indices), unused entries 0.
 
     The budget of a head is the smallest ``b`` such that keeping at most ``b`` band-visible blocks per row reaches
-    ``density`` (a share, or a tensor [B or 1, H] of shares) of all band-visible blocks. A row keeps its always-kept
+    ``density`` (a share, or a tensor [B or 1, H] of shares) of all band-visible blocks; with a map ``blocks``, of the
+    head's own visible ones. A row keeps its always-kept
     blocks and then the best scores up to the budget, ties to the lower index, NaN last.
     """
     batch, heads = q.shape[:2]
@@ -217,6 +264,7 @@ def select_blocks_reference(
         kv_segments=kv_segments,
         q_block=q_block,
         kv_block=kv_block,
+        blocks=blocks,
     )
     q_blocks, kv_blocks = scores.shape[2:]
     _, band, _ = block_scores_reference(
@@ -231,11 +279,11 @@ def select_blocks_reference(
         q_block=q_block,
         kv_block=kv_block,
     )
-    visible = band[0, 0].sum(-1)
     shares = torch.as_tensor(density, dtype=torch.float64).expand(batch, heads)
     lists: list[list[int]] = []
     widest = 1
     for item, head in product(range(batch), range(heads)):
+        visible = (band[0, 0] if blocks is None else allowed[item, head]).sum(-1)
         wanted = min(float(shares[item, head]), 1.0) * int(visible.sum())
         budget = next(b for b in range(kv_blocks + 1) if int(visible.clamp(max=b).sum()) >= wanted)
         widest = max(widest, min(kv_blocks, max(budget, 3)))

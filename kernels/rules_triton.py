@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsepass.kernels import launch as host
 from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.rules import Rule
@@ -30,6 +31,8 @@ def _lists_from_scores(
     cap,
     budget_stride_b,
     dial_stride_h,
+    allowed_stride_b,
+    allowed_stride_h,
     q_len,
     kv_len,
     left,
@@ -50,7 +53,7 @@ def _lists_from_scores(
     KV_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     HAS_DIALS: tl.constexpr,
     HAS_UNLIKE: tl.constexpr,
     HAS_Q_UNLIKE: tl.constexpr,
@@ -74,8 +77,9 @@ def _lists_from_scores(
     low = tl.maximum(first - left, 0)
     high = tl.minimum(last + right, kv_len - 1)
     allowed = in_rows & (low <= high) & (column * KV_BLOCK <= high) & (column * KV_BLOCK + KV_BLOCK > low)
-    if HAS_SEGMENTS:
-        bits = allowed_ptr + (item.to(tl.int64) * rows + row) * blocks + column
+    if HAS_ALLOWED:
+        bits = allowed_ptr + item.to(tl.int64) * allowed_stride_b + head.to(tl.int64) * allowed_stride_h
+        bits = bits + row.to(tl.int64) * blocks + column
         allowed = allowed & (tl.load(bits, mask=allowed, other=0) != 0)
     visible = tl.sum(allowed.to(tl.int32), 1)
 
@@ -171,8 +175,8 @@ def rule_launch(
     rows, blocks = ceil_div(band["q_len"], q_block), ceil_div(band["kv_len"], kv_block)
     list_batch, list_heads = batch, heads
     if scores is None:
-        list_batch = batch if allowed is not None else 1 if dial is None else dial.shape[0]
-        list_heads = 1 if dial is None else dial.shape[1]
+        shared = [x.shape for x in (allowed, dial) if x is not None]
+        list_batch, list_heads = (max([1, *(shape[dim] for shape in shared)]) for dim in (0, 1))
     width = rule.width(q_block, kv_block, blocks)
     counts = like.new_empty(list_batch, list_heads, rows, dtype=torch.int32)
     lists = like.new_empty(list_batch, list_heads, rows, width, dtype=torch.int32)
@@ -181,7 +185,7 @@ def rule_launch(
     groups = ceil_div(rows, rows_each)
     arguments: dict[str, Any] = {
         "scores_ptr": counts if scores is None else scores,
-        "allowed_ptr": counts if allowed is None else allowed,
+        **host.allowed_arguments(allowed, counts),
         "dial_ptr": counts if dial is None else dial,
         "q_unlike_ptr": counts if q_unlike is None else q_unlike,
         "k_unlike_ptr": counts if k_unlike is None else k_unlike,
@@ -207,7 +211,6 @@ def rule_launch(
         "KV_BLOCK": kv_block,
         "ROWS": rows_each,
         "COLUMNS": columns,
-        "HAS_SEGMENTS": allowed is not None,
         "HAS_DIALS": dial is not None,
         "HAS_UNLIKE": k_unlike is not None,
         "HAS_Q_UNLIKE": q_unlike is not None,

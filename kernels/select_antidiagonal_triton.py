@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsepass.kernels.blocks import ceil_div, tile_side
+from sparsepass.kernels.blocks import ceil_div, dim_steps, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.spec import capability_of
 
@@ -236,8 +236,8 @@ def antidiagonal_launches(
         "TILE_Q": tile_q,
         "TILE_K": tile_k,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": tile_side(head_dim),
-        "DIM_STEP": tile_side(head_dim) if half else min(32, tile_side(head_dim)),
+        "BLOCK_D": dim_steps(head_dim, 64)[0],
+        "DIM_STEP": dim_steps(head_dim, 64)[1] if half else min(32, tile_side(head_dim)),
         "HAS_SEGMENTS": segmented,
         "HAS_Q_SEGMENTS": q_given,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",

@@ -18,13 +18,13 @@
 struct Selection {
   const void *q, *k;
   const int32_t *q_segments, *kv_segments;  // [B, Sq], [B, Skv] contiguous, or null: who counts in the means
-  const uint8_t* allowed;                   // [B, q_blocks, kv_blocks], or null: what the band shows
+  const uint8_t* allowed;                   // [B or 1, H or 1, q_blocks, kv_blocks], or null: what the band shows
   const int32_t* budgets;                   // [B, H], blocks per row
   int32_t *counts, *indices;                // [B, H, q_blocks], [B, H, q_blocks, width] contiguous
-  int64_t* visible;                         // [B, q_blocks]: allowed blocks
+  int64_t* visible;                         // [B, H, q_blocks]: allowed blocks
   int64_t batch, heads, kv_heads, q_len, kv_len, dim;
   int64_t q_block, kv_block, left, right, offset, width;
-  int64_t q_b, q_h, q_s, k_b, k_h, k_s;
+  int64_t q_b, q_h, q_s, k_b, k_h, k_s, allowed_b, allowed_h;
   double scale;
   int64_t type;  // 0 float, 1 bfloat16, 2 half
 };
@@ -88,7 +88,7 @@ void select(const Selection& c) {
       const int64_t high_key = c.right < 0 ? c.kv_len - 1 : std::min(c.kv_len - 1, last + c.offset + c.right);
       const int64_t low = low_key <= high_key ? low_key / c.kv_block : 0;
       const int64_t high = low_key <= high_key ? high_key / c.kv_block + 1 : 0;
-      const uint8_t* allowed = c.allowed ? c.allowed + (b * q_blocks + row) * kv_blocks : nullptr;
+      const uint8_t* allowed = c.allowed ? c.allowed + b * c.allowed_b + h * c.allowed_h + row * kv_blocks : nullptr;
 
       mean(static_cast<const T*>(c.q) + b * c.q_b + h * c.q_h, c.q_s, c.dim,
            c.q_segments ? c.q_segments + b * c.q_len : nullptr, first, last + 1, query.data());
@@ -113,7 +113,7 @@ void select(const Selection& c) {
           rest.emplace_back(std::isnan(scores[j]) ? -std::numeric_limits<float>::infinity() : scores[j], j);
         }
       }
-      if (h == 0) c.visible[b * q_blocks + row] = count;
+      c.visible[i] = count;
       const int64_t budget = c.budgets[b * c.heads + h];
       const int64_t room = std::clamp<int64_t>(std::min(budget, count) - kept, 0, rest.size());
       if (room < static_cast<int64_t>(rest.size())) std::nth_element(rest.begin(), rest.begin() + room, rest.end(), better);

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsepass.kernels.blocks import ceil_div, tile_side
+from sparsepass.kernels.blocks import ceil_div, dim_steps, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.spec import capability_of
 from sparsepass.kernels.visible_triton import program_place
@@ -199,7 +199,7 @@ def mass_launch(
     rows = ceil_div(band["q_len"], q_block)
     scores = q.new_empty(batch, heads, rows, blocks, dtype=torch.float32)
     if tile is None:
-        tile = mass_tile(q.dtype, tile_side(head_dim), capability_of(q.device), kv_ranges is not None)
+        tile = mass_tile(q.dtype, min(256, tile_side(head_dim)), capability_of(q.device), kv_ranges is not None)
     has_q_segments = kv_ranges is not None and q_segments is not None
     arguments: dict[str, Any] = {
         "q_ptr": q,
@@ -222,7 +222,7 @@ def mass_launch(
         "TILE": tile.tile,
         "HEAD_DIM": head_dim,
         "BLOCK_D": k_means.shape[3],
-        "DIM_STEP": k_means.shape[3] if q.dtype != torch.float32 else min(32, k_means.shape[3]),
+        "DIM_STEP": dim_steps(head_dim, 64)[1] if q.dtype != torch.float32 else min(32, k_means.shape[3]),
         "HAS_SEGMENTS": kv_ranges is not None,
         "HAS_Q_SEGMENTS": has_q_segments,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",

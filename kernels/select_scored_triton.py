@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
-from sparsepass.kernels.blocks import ceil_div, tile_side
+from sparsepass.kernels.blocks import ceil_div, dim_steps
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
 from sparsepass.kernels.pool_triton import allowed_launches, average_launch
 from sparsepass.kernels.prepared import run_prepared
 from sparsepass.kernels.rules import Rule, check_rule, dial_tensor
 from sparsepass.kernels.rules_triton import rule_launch
+from sparsepass.kernels.scores import check_blocks
 from sparsepass.kernels.select_antidiagonal_triton import antidiagonal_launches
 from sparsepass.kernels.select_mass_triton import mass_launch
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
@@ -71,6 +72,7 @@ def select_scored_cuda(
     kv_block: int,
     rule: Rule,
     dial: Tensor | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists by ``rule``: (kv_num_blocks int32 [B, H, nq], kv_indices int32 [B, H, nq, width]).
@@ -80,16 +82,19 @@ def select_scored_cuda(
     int64 [3]: [2] += blocks with a visible pair. Lists by position alone have B or H of 1 where rows agree. Unused
     entries are 0. Nothing synchronizes with the host. Raises ``KernelInputError``.
     """
+    blocks = check_blocks(blocks, q, k, q_block, kv_block)
+    blocks = None if blocks is None else blocks.contiguous()
     numbers = ("scored", scale, left, right, offset, q_block, kv_block, rule)
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
         launches, *outputs = scored_launches(
             q, k, scale=scale, left=left, right=right, offset=offset, q_segments=q_segments, kv_segments=kv_segments,
             q_block=q_block, kv_block=kv_block, rule=rule, dial=dial, counter=counter,
+            blocks_map=blocks,
         )  # fmt: skip
         return launches, tuple(outputs)
 
-    inputs = (q, k, q_segments, kv_segments, dial, counter)
+    inputs = (q, k, q_segments, kv_segments, dial, counter, blocks)
     kv_num_blocks, kv_indices = run_prepared(q.device, numbers, inputs, build)
     return cast(Tensor, kv_num_blocks), cast(Tensor, kv_indices)
 
@@ -109,8 +114,9 @@ def scored_launches(
     rule: Rule,
     dial: Tensor | None,
     counter: Tensor | None,
+    blocks_map: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches of ``select_scored_cuda`` and the lists they fill."""
+    """The launches of ``select_scored_cuda`` and the lists they fill; of ``blocks_map``'s blocks, if it is given."""
     host.check_shapes(q, k, None, offset, q_block, kv_block)
     host.check_counter(counter, q)
     q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
@@ -126,8 +132,9 @@ def scored_launches(
     )
     band = {"q_len": q_len, "kv_len": kv_len, "left": host.side(left), "right": host.side(right), "offset": offset}
     launches: list[Launch] = []
-    allowed = scores = q_unlike = k_unlike = None
-    if kv_segments is not None:
+    scores = q_unlike = k_unlike = None
+    allowed = blocks_map
+    if allowed is None and kv_segments is not None:
         launches, allowed = allowed_launches(q_segments, kv_segments, band, q_block, kv_block)
     seen_q = None if kv_segments is None else q_segments
     similar: dict[str, Any] = {"self_similarity": rule.self_similarity}
@@ -146,7 +153,7 @@ def scored_launches(
         )
         launches += more
     elif rule.score == "mass":
-        padded = tile_side(head_dim)
+        padded = dim_steps(head_dim, 64)[0]
         launch, k_means, k_unlike = average_launch(k, kv_segments, kv_block, dtype=q.dtype, padded=padded, **similar)
         launches.append(launch)
         kv_ranges = ranges(kv_segments, kv_block)

@@ -19,6 +19,7 @@ from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width, tile
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.pool_triton import UNROLL, allowed_launches, average_launch
 from sparsepass.kernels.prepared import run_prepared
+from sparsepass.kernels.scores import budgets_in_map, check_blocks, width_in_map
 from sparsepass.kernels.spec import CUDA, refuse_unsupported
 
 
@@ -73,6 +74,8 @@ def _select(
     scale,
     budget,
     budget_stride_b,
+    allowed_stride_b,
+    allowed_stride_h,
     q_len,
     kv_len,
     left,
@@ -90,7 +93,7 @@ def _select(
     COLUMNS: tl.constexpr,
     DIM: tl.constexpr,
     UNROLL: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     HAS_BUDGETS: tl.constexpr,
     HAS_UNLIKE: tl.constexpr,
     COUNT: tl.constexpr,
@@ -109,8 +112,9 @@ def _select(
     low = tl.maximum(first - left, 0)
     high = tl.minimum(last + right, kv_len - 1)
     allowed = (row < rows) & (low <= high) & (column * KV_BLOCK <= high) & (column * KV_BLOCK + KV_BLOCK > low)
-    if HAS_SEGMENTS:
-        bits = allowed_ptr + (item.to(tl.int64) * rows + row) * blocks + column
+    if HAS_ALLOWED:
+        bits = allowed_ptr + item.to(tl.int64) * allowed_stride_b + head.to(tl.int64) * allowed_stride_h
+        bits = bits + row.to(tl.int64) * blocks + column
         allowed = allowed & (tl.load(bits, mask=allowed, other=0) != 0)
 
     # Outer products, dimension by dimension, in float32: exact up to rounding, and in the same order everywhere.
@@ -188,6 +192,7 @@ def select_blocks_cuda(
     density: float | Tensor,
     max_density: float | None = None,
     self_similarity: float | None = None,
+    blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block lists by pooled top-k, one per (batch, query head, query block).
@@ -203,6 +208,8 @@ def select_blocks_cuda(
             greater one is cut to it. None: 1.0.
         self_similarity: query and key blocks whose tokens' mean cosine is under it are computed whole, whatever the
             density: their mean says nothing (SpargeAttn, arXiv 2502.18137). Lists then have room for every block.
+        blocks: a block map [B or 1, H or 1, nq, nkv]; what it has 0 for is not selected, and ``density`` is of each
+            head's other blocks.
         counter: int64 [3] on the device; [2] += blocks with any visible pair, over all (batch, head, row).
 
     Returns:
@@ -212,6 +219,14 @@ def select_blocks_cuda(
     Raises:
         KernelInputError: shapes, dtypes, devices or sizes that the kernels do not take.
     """
+    budgets = None
+    blocks = check_blocks(blocks, q, k, q_block, kv_block)
+    if blocks is not None:
+        blocks = blocks.contiguous()
+        most = max_density if max_density is not None else 1.0 if isinstance(density, Tensor) else density
+        shares = torch.where(density < most, density, most) if isinstance(density, Tensor) else density
+        budgets = budgets_in_map(blocks, shares).expand(-1, q.shape[1]).contiguous()
+        density = max_density = most
     per_head = density if isinstance(density, Tensor) else None
     options: dict[str, Any] = {
         "scale": scale,
@@ -226,12 +241,13 @@ def select_blocks_cuda(
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
         launches, *outputs = select_launches(
-            q, k, q_segments=q_segments, kv_segments=kv_segments, density=density, counter=counter, **options
-        )
+            q, k, q_segments=q_segments, kv_segments=kv_segments, density=density, counter=counter,
+            blocks_map=blocks, budgets=budgets, **options,
+        )  # fmt: skip
         return launches, tuple(outputs)
 
     numbers = ("select", *options.values(), density if per_head is None else None)
-    inputs = (q, k, q_segments, kv_segments, per_head, counter)
+    inputs = (q, k, q_segments, kv_segments, per_head, counter, blocks, budgets)
     kv_num_blocks, kv_indices = run_prepared(q.device, numbers, inputs, build)
     return cast(Tensor, kv_num_blocks), cast(Tensor, kv_indices)
 
@@ -252,8 +268,14 @@ def select_launches(
     max_density: float | None,
     self_similarity: float | None = None,
     counter: Tensor | None,
+    blocks_map: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches of ``select_blocks_cuda`` and the lists they fill."""
+    """The launches of ``select_blocks_cuda`` and the lists they fill.
+
+    ``blocks_map``: contiguous int8 [B or 1, H or 1, nq, nkv], the blocks that may be listed, with ``budgets`` int32 [B
+    or 1, H] that follow from it; ``density`` is then their cap.
+    """
     host.check_shapes(q, k, None, offset, q_block, kv_block)
     host.check_counter(counter, q)
     q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
@@ -274,13 +296,12 @@ def select_launches(
     launches = [q_launch, k_launch]
     unused = q_means  # a pointer for what is not there; never read
 
-    allowed: Tensor = unused
-    if kv_segments is not None:
+    allowed = blocks_map
+    if allowed is None and kv_segments is not None:
         more, allowed = allowed_launches(q_segments, kv_segments, band, q_block, kv_block)
         launches += more
 
     shape = (q_len, kv_len, left, right, offset, q_block, kv_block)
-    budgets: Tensor | None = None
     if isinstance(density, Tensor):
         host.require(
             density.shape in ((batch, heads), (1, heads))
@@ -310,6 +331,9 @@ def select_launches(
         budget = blocks_per_row(*shape, density)
 
     width = blocks if self_similarity is not None else list_width(kv_len, kv_block, budget)
+    if blocks_map is not None and self_similarity is None:
+        assert not isinstance(density, Tensor)  # it is the budgets' cap
+        width = width_in_map(blocks, density)
     kv_num_blocks = q.new_empty(batch, heads, rows, dtype=torch.int32)
     kv_indices = q.new_empty(batch, heads, rows, width, dtype=torch.int32)
     columns = tile_side(blocks)
@@ -318,7 +342,7 @@ def select_launches(
     arguments = {
         "q_means_ptr": q_means,
         "k_means_ptr": k_means,
-        "allowed_ptr": allowed,
+        **host.allowed_arguments(allowed, unused),
         "budget_ptr": unused if budgets is None else budgets,
         "counts_ptr": kv_num_blocks,
         "lists_ptr": kv_indices,
@@ -341,7 +365,6 @@ def select_launches(
         "COLUMNS": columns,
         "DIM": q_means.shape[3],
         "UNROLL": UNROLL,
-        "HAS_SEGMENTS": kv_segments is not None,
         "HAS_BUDGETS": budgets is not None,
         "HAS_UNLIKE": q_unlike is not None,
         "COUNT": counter is not None,

@@ -18,6 +18,7 @@ from sparsepass.errors import KernelInputError
 from sparsepass.kernels.best import Best
 from sparsepass.kernels.blocks import ALWAYS_KEPT, blocks_per_row, ceil_div, cumulative_kept_blocks
 from sparsepass.kernels.dispatch import BlockLists, Columns, Visible, check_inputs
+from sparsepass.kernels.scores import check_blocks
 from sparsepass.kernels.support import default_block
 from sparsepass.kernels.windows import WINDOW, sample_windows
 
@@ -92,19 +93,38 @@ class Problem:
         return budget.clamp(max=most).int().expand(self.batch, self.heads).contiguous()
 
     def split(self, budget: int, columns: int | None) -> tuple[int, int]:
-        """A row's budget of blocks as (listed blocks, columns): half each, blocks getting what columns may not use."""
-        tokens = budget // 2 * self.block
+        """A row's budget of blocks as (listed blocks, columns): half each, blocks getting what columns may not use.
+
+        Together they are within the budget, or ``ALWAYS_KEPT`` blocks where that is more.
+        """
+        tokens = max(0, min(budget // 2, budget - ALWAYS_KEPT)) * self.block
         if columns is not None:
             tokens = min(tokens, columns)
-        return max(ALWAYS_KEPT, budget - ceil_div(tokens, self.block)), tokens if budget > ALWAYS_KEPT else 0
+        return max(ALWAYS_KEPT, budget - ceil_div(tokens, self.block)), tokens
 
     def split_each(self, budget: Tensor, columns: int | None) -> tuple[Tensor, Tensor]:
         """``split`` of int32 [B, H]."""
-        tokens = budget // 2 * self.block
+        tokens = torch.minimum(budget // 2, budget - ALWAYS_KEPT).clamp(min=0) * self.block
         if columns is not None:
             tokens = tokens.clamp(max=columns)
-        listed = (budget - (tokens + self.block - 1) // self.block).clamp(min=ALWAYS_KEPT)
-        return listed, torch.where(budget > ALWAYS_KEPT, tokens, 0)
+        return (budget - (tokens + self.block - 1) // self.block).clamp(min=ALWAYS_KEPT), tokens
+
+    @property
+    def near(self) -> int:
+        """Diagonals of blocks that near token diagonals touch at most; rows always keep two of them."""
+        return 2 if self.offset % self.block == 0 else 3
+
+    def listed_by(self, diagonals: int) -> int:
+        """Blocks that a row lists at most with ``diagonals`` kept, its first and the always-kept ones included."""
+        return 1 + max(diagonals, self.near)
+
+    def diagonals_within(self, listed: int) -> int:
+        """How many diagonals of blocks leave rows at most ``listed`` blocks, with what is always kept."""
+        return listed - 1 if listed > self.near else 0
+
+    def diagonals_within_each(self, listed: Tensor) -> Tensor:
+        """``diagonals_within`` of int32 [B, H]."""
+        return torch.where(listed > self.near, listed - 1, 0).int().contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +147,7 @@ def steps_of(device: torch.device) -> Steps:
 
     def allowed(problem: Problem, visible: Visible) -> Tensor:
         size = (problem.q_len, problem.kv_len, problem.block, problem.block)
-        return allowed_blocks(Visibility(*size, **visible.arguments()), problem.batch)
+        return allowed_blocks(Visibility(*size, **visible.arguments(), blocks=visible.blocks), problem.batch)
 
     return Steps(
         slash_cpu.estimate_cpu, slash_cpu.keep_best_cpu, slash_cpu.touched_cpu, slash_cpu.diagonal_lists_cpu, allowed
@@ -169,6 +189,7 @@ def problem_of(query: Tensor, key: Tensor, visible: Visible, block: int | None) 
     size = default_block(query.device) if block is None else block
     if size not in (64, 128):
         raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
+    check_blocks(visible.blocks, query, key, size, size)
     batch, heads, q_len, _ = query.shape
     return Problem(batch, heads, q_len, key.shape[2], visible.left, visible.right, visible.offset, size)
 
@@ -249,12 +270,12 @@ def select_vertical_slash(
 
     budget = problem.budget(density)
     most_blocks, most_columns = problem.split(budget, columns)
-    blocks: int | Tensor = most_blocks - 1  # the first visible block of a row lies on no diagonal of its own
+    blocks: int | Tensor = problem.diagonals_within(most_blocks)
     tokens: int | Tensor = most_columns
     width = min(problem.blocks, most_blocks + 2)
     if dial is not None:
         listed, tokens = problem.split_each(problem.budgets(dial, budget), columns)
-        blocks = listed - 1
+        blocks = problem.diagonals_within_each(listed)
     if density >= 1:
         width = problem.blocks
         if dial is None:
@@ -304,13 +325,14 @@ def list_arguments(problem: Problem, visible: Visible, width: int, counter: Tens
         "kv_len": problem.kv_len,
         **visible.arguments(),
         "block": problem.block,
+        "blocks": visible.blocks,
         "width": max(1, width),
         "counter": counter,
     }
 
 
-def flattened_limit(problem: Problem, density: float) -> int:
-    """Blocks that ``density`` allows over all rows of one head."""
+def flattened_limit(problem: Problem, density: float, taken: int = 0) -> int:
+    """Blocks that ``density`` allows over all rows of one head, whose rows may have ``taken`` each already."""
     shape = (problem.q_len, problem.kv_len, problem.left, problem.right, problem.offset, problem.block, problem.block)
     kept = cumulative_kept_blocks(*shape)
-    return kept[min(problem.budget(density), len(kept) - 1)]
+    return max(0, kept[min(problem.budget(density), len(kept) - 1)] - kept[min(taken, len(kept) - 1)])

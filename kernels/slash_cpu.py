@@ -150,11 +150,12 @@ def diagonal_lists_cpu(
     kv_segments: Tensor | None,
     block: int,
     width: int,
+    blocks: Tensor | None,
     counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As ``best_triton.diagonal_lists_cuda``."""
     batch, heads, shifts = flags.shape
-    mask = Visibility(q_len, kv_len, block, block, left, right, offset, q_segments, kv_segments)
+    mask = Visibility(q_len, kv_len, block, block, left, right, offset, q_segments, kv_segments, blocks)
     allowed = allowed_blocks(mask, batch)
     row, column = torch.arange(mask.q_blocks)[:, None], torch.arange(mask.kv_blocks)[None, :]
     shift = column - row - first_shift
@@ -164,10 +165,10 @@ def diagonal_lists_cpu(
     last = ((row + 1) * block).clamp(max=q_len) - 1 + offset
     diagonal = torch.div(last, block, rounding_mode="floor")
     forced = (column == diagonal) | (column == diagonal - 1)
-    chosen = (chosen | (forced | (allowed.cumsum(-1) == 1))[:, None]) & allowed[:, None]
+    chosen = (chosen | forced | (allowed.cumsum(-1) == 1)) & allowed
     count = chosen.sum(-1).clamp(max=width)
     lists = torch.where(chosen, column, mask.kv_blocks).sort(-1).values[..., :width]
     if counter is not None:
-        counter[2] += allowed.expand(batch, -1, -1).sum() * heads
+        counter[2] += allowed.expand(batch, heads, -1, -1).sum()
     filled = torch.arange(width) < count[..., None]
     return count.int(), torch.where(filled, lists, 0).int()

@@ -24,7 +24,9 @@ class KernelSpec:
     device_type: str
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, int]
-    """Least and greatest head size; others than powers of two are padded inside the kernel."""
+    """Least and greatest head size of queries and keys; those that do not fill a tile are padded inside the kernel."""
+    v_head_dims: tuple[int, int]
+    """The same of values."""
     tuned_head_dims: tuple[int, ...]
     """Head sizes that models use: compiled for every target in the tests, and timed."""
     capabilities: tuple[Capability, ...]
@@ -36,7 +38,8 @@ class KernelSpec:
 CUDA = KernelSpec(
     device_type="cuda",
     dtypes=(torch.float16, torch.bfloat16, torch.float32),
-    head_dims=(16, 256),
+    head_dims=(1, 576),
+    v_head_dims=(1, 512),
     tuned_head_dims=(64, 80, 96, 128, 256),
     capabilities=((8, 0), (9, 0), (10, 0)),
     max_kv_blocks=8192,
@@ -88,17 +91,63 @@ FLOAT_TILES = {
 """The same for float32."""
 
 
-def attend_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> AttendTile:
-    """The tile for a dtype and head size (the greater of D and Dv) on a CUDA target; 10 stands for what is newer."""
-    size = next(n for n in (64, 128, 256) if head_dim <= n)
+TERM_TILES = {
+    (8, 64): AttendTile(128, 64, 8, 2, 32, 2),
+    (8, 128): AttendTile(128, 32, 8, 3, 16, 1),
+    (8, 256): AttendTile(64, 32, 8, 1, 16, 1),
+    (9, 64): AttendTile(128, 128, 8, 3, 64, 2),
+    (9, 128): AttendTile(128, 64, 8, 3, 32, 1),
+    (9, 256): AttendTile(128, 64, 8, 2, 16, 2),
+    (10, 64): AttendTile(128, 64, 8, 3, 64, 1),
+    (10, 128): AttendTile(128, 64, 8, 3, 32, 1),
+    (10, 256): AttendTile(64, 32, 8, 2, 16, 1),
+}
+"""Tiles for fp16 and bf16 where a number is added to every score: slopes, a bias. Sized not to spill."""
+
+LATENT_TILES = {
+    8: AttendTile(128, 32, 8, 2, 16, 1),
+    9: AttendTile(128, 64, 8, 2, 32, 2),
+    10: AttendTile(128, 64, 8, 2, 32, 1),
+}
+"""For fp16 and bf16 with 192 dimensions of queries and keys and 128 of values, as latent attention has them."""
+
+
+def attend_tile(
+    dtype: torch.dtype, head_dim: int, capability: Capability, *, v_head_dim: int | None = None, terms: int = 0
+) -> AttendTile:
+    """The tile for a dtype and head size on a CUDA target; 10 stands for what is newer.
+
+    ``v_head_dim``: that of the values where it differs. ``terms``: 0, 1 for a soft cap, a mask tensor or sinks, 2 for
+    slopes or a bias.
+    """
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    largest = max(head_dim, v_head_dim)
+    size = next(n for n in (64, 128, 256, 576) if largest <= n)
     major = min(capability[0], 10)
     if dtype == torch.float32:
-        if 64 < head_dim < 128:  # padded sizes: three tf32 products came out at 2.03 times dense attention's error
-            return AttendTile(32, 32, 8, 2, 16, 1, dim_step=32, precision="ieee")
-        return FLOAT_TILES[major, size]
-    if major == 8 and 64 < head_dim < 128:  # the masks of padded dimensions take registers
-        return AttendTile(64, 32, 8, 2, 16, 2)
-    return HALF_TILES[major, size]
+        return _float_tile(largest, size, major, terms)
+    if size == 576:
+        return AttendTile(32, 32, 8, 2 if major == 8 else 1, 16, 1, dim_step=512)
+    if v_head_dim <= 128 < head_dim <= 192:
+        return AttendTile(64, 32, 8, 2, 16, 1) if major == 8 and terms else LATENT_TILES[major]
+    if major == 8 and 64 < largest < 128:  # the masks of padded dimensions take registers
+        return AttendTile(64, 32, 8, 2, 16, 2 - min(terms, 1))
+    return TERM_TILES[major, size] if terms > (0 if 64 < largest < 128 else 1) else HALF_TILES[major, size]
+
+
+def _float_tile(head_dim: int, size: int, major: int, terms: int) -> AttendTile:
+    """The tile for float32: as ``attend_tile``."""
+    if size == 576:
+        return AttendTile(16, 16, 8, 1, 16, 1, dim_step=32 if terms else 64, precision="ieee")
+    if not terms and 128 < head_dim <= 192:
+        return AttendTile(32, 32, 8, 2, 16, 1, dim_step=32, precision="ieee")
+    if 64 < head_dim < 128:  # padded sizes: three tf32 products came out at 2.03 times dense attention's error
+        return AttendTile(32, 16 if terms else 32, 8, 2, 16, 1, dim_step=32, precision="ieee")
+    if terms and (major, size) == (9, 128):
+        return AttendTile(32, 32, 8, 2, 16, 1, dim_step=32)
+    if terms and size == 256:
+        return AttendTile(16, 16, 8, 1, 16, 1, dim_step=32, precision="ieee" if major == 10 else "tf32x3")
+    return FLOAT_TILES[major, size]
 
 
 HALF_COLUMN_TILES = {
@@ -122,7 +171,9 @@ FLOAT_COLUMN_TILES = {
 
 
 def column_tile(dtype: torch.dtype, head_dim: int, capability: Capability) -> AttendTile:
-    """The tile of the attention over gathered columns; arguments as for ``attend_tile``."""
+    """The tile of the attention over gathered columns, for the greater of both head sizes."""
+    if head_dim > 256:
+        return AttendTile(16, 16, 8, 1, 16, 1, dim_step=32, precision="ieee")
     size = next(n for n in (64, 128, 256) if head_dim <= n)
     if dtype == torch.float32:
         return FLOAT_COLUMN_TILES[size]
@@ -166,8 +217,9 @@ def why_not(
     if dtype not in CUDA.dtypes:
         known = ", ".join(str(x).removeprefix("torch.") for x in CUDA.dtypes)
         return f"dtype {str(dtype).removeprefix('torch.')} is not supported; supported: {known}."
-    low, high = CUDA.head_dims
-    for name, size in (("head_dim", head_dim), ("v_head_dim", head_dim if v_head_dim is None else v_head_dim)):
+    v_head_dim = min(head_dim, CUDA.v_head_dims[1]) if v_head_dim is None else v_head_dim
+    sizes = (("head_dim", head_dim, CUDA.head_dims), ("v_head_dim", v_head_dim, CUDA.v_head_dims))
+    for name, size, (low, high) in sizes:
         if not low <= size <= high:
             return f"{name} {size} is not supported; supported: {low} to {high}."
     capability = capability_of(device) if capability is None else capability

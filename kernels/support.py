@@ -7,7 +7,7 @@ import torch
 from sparsepass.kernels import spec
 
 CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CPU_HEAD_DIMS = (16, 256)
+CPU_HEAD_DIMS = (1, 1024)
 DEFAULT_BLOCK = {"cuda": 128, "cpu": 128}
 """Tokens per block of the lists where the budget names none."""
 
@@ -18,8 +18,6 @@ def default_block(device: torch.device) -> int:
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
     """None where the kernels of ``device`` take these inputs, else a sentence for the user."""
-    if head_dim != v_head_dim:
-        return f"query and value head sizes differ ({head_dim} and {v_head_dim}), which no kernel takes yet."
     if device.type == "cuda":
         return spec.why_not(device=device, dtype=dtype, head_dim=head_dim, v_head_dim=v_head_dim)
     if device.type != "cpu":
@@ -28,6 +26,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim:
         known = ", ".join(str(known).removeprefix("torch.") for known in CPU_DTYPES)
         return f"dtype {str(dtype).removeprefix('torch.')} is not supported on the CPU; supported: {known}."
     low, high = CPU_HEAD_DIMS
-    if not low <= head_dim <= high:
-        return f"head size {head_dim} is not supported on the CPU; supported: {low} to {high}."
+    for size in (head_dim, v_head_dim):
+        if not low <= size <= high:
+            return f"head size {size} is not supported on the CPU; supported: {low} to {high}."
     return None

@@ -37,6 +37,19 @@ def visible_pairs(start, position, q_segment, kv_segments_ptr, kv_segments_strid
     return visible, there
 
 
+@triton.jit
+def shown_pairs(key, inside, there, bias_row, bias_stride_k, mask_row, mask_stride_k, hidden):
+    """Bool [BLOCK_M, KEYS]: what mask and bias leave visible, by ``bias_row`` and ``mask_row``: pointers [BLOCK_M]."""
+    shown = inside[:, None] & there[None, :]
+    if mask_row is not None:
+        mask = tl.load(mask_row[:, None] + key.to(tl.int64)[None, :] * mask_stride_k, mask=shown, other=0)
+        shown = shown & (mask != 0)
+    if bias_row is not None:
+        bias = tl.load(bias_row[:, None] + key.to(tl.int64)[None, :] * bias_stride_k, mask=shown, other=0.0)
+        shown = shown & ((bias.to(tl.float32) <= hidden) == 0)
+    return shown
+
+
 @triton.jit(do_not_specialize=VARYING)
 def add_nonfinite_values(
     v_ptr,
@@ -46,6 +59,8 @@ def add_nonfinite_values(
     parted_ptr,
     q_segments_ptr,
     kv_segments_ptr,
+    mask_ptr,
+    bias_ptr,
     v_stride_b,
     v_stride_h,
     v_stride_s,
@@ -54,6 +69,15 @@ def add_nonfinite_values(
     q_segments_stride_s,
     kv_segments_stride_b,
     kv_segments_stride_s,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_q,
+    mask_stride_k,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_q,
+    bias_stride_k,
+    hidden,
     span_stride_b,
     span_stride_h,
     q_len,
@@ -103,6 +127,14 @@ def add_nonfinite_values(
                     if HAS_Q_SEGMENTS:
                         q_segments = q_segments_ptr + item64 * q_segments_stride_b
                         q_segment = tl.load(q_segments + token.to(tl.int64) * q_segments_stride_s, inside, other=-1)
+                mask_row = mask_ptr
+                if mask_ptr is not None:
+                    mask_row = mask_ptr + item64 * mask_stride_b + head.to(tl.int64) * mask_stride_h
+                    mask_row = mask_row + token.to(tl.int64) * mask_stride_q
+                bias_row = bias_ptr
+                if bias_ptr is not None:
+                    bias_row = bias_ptr + item64 * bias_stride_b + head.to(tl.int64) * bias_stride_h
+                    bias_row = bias_row + token.to(tl.int64) * bias_stride_q
                 up = tl.zeros([STEP, BLOCK_DV], tl.float32)
                 down = tl.zeros([STEP, BLOCK_DV], tl.float32)
                 for step in range(edges * (KV_BLOCK // STEP)):
@@ -113,6 +145,10 @@ def add_nonfinite_values(
                         STEP, HAS_SEGMENTS,
                     )  # fmt: skip
                     key = (start + tl.arange(0, STEP)).to(tl.int64)
+                    if (mask_ptr is not None) or (bias_ptr is not None):
+                        visible = visible & shown_pairs(
+                            key, inside, key < kv_len, bias_row, bias_stride_k, mask_row, mask_stride_k, hidden
+                        )
                     v = tl.load(
                         v_base + key[:, None] * v_stride_s + v_dim.to(tl.int64)[None, :] * v_stride_d,
                         mask=there[:, None] & v_dim_mask[None, :],

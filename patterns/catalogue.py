@@ -1,8 +1,35 @@
 """Every pattern that is looked for, in the order in which it is tried."""
 
-from sparsepass.match import Pattern
-from sparsepass.patterns.eager_softmax import EAGER_SOFTMAX
-from sparsepass.patterns.sdpa import SDPA
+from __future__ import annotations
 
-CATALOGUE: tuple[Pattern, ...] = (SDPA, EAGER_SOFTMAX)
-ANCHORS: tuple[str, ...] = tuple(dict.fromkeys(pattern.anchor for pattern in CATALOGUE))
+import functools
+import importlib.metadata
+import logging
+
+from sparsepass.match import Pattern
+from sparsepass.patterns.composite import FLEX, MULTI_HEAD, NATIVE
+from sparsepass.patterns.sdpa import SDPA
+from sparsepass.patterns.written_out import WRITTEN_OUT
+
+CATALOGUE: tuple[Pattern, ...] = (SDPA, WRITTEN_OUT, MULTI_HEAD, FLEX, NATIVE)
+GROUP = "sparsepass.patterns"
+"""Entry points of this group name a ``Pattern``, or a tuple of them, of another package."""
+
+log = logging.getLogger("sparsepass")
+
+
+@functools.lru_cache(maxsize=1)
+def every_pattern() -> tuple[Pattern, ...]:
+    """Patterns of other packages in the order of their names, then our own. One that does not load is logged."""
+    found: list[Pattern] = []
+    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            held = entry.load()
+            patterns = held if isinstance(held, tuple) else (held,)
+            wrong = [one for one in patterns if not isinstance(one, Pattern)]
+            if wrong:
+                raise TypeError(f"it is {wrong[0]!r}; accepted is a sparsepass.match.Pattern or a tuple of them")
+            found.extend(patterns)
+        except Exception as error:  # code of another package: no reason not to compile
+            log.warning("the pattern %r (%s) is not used: %s", entry.name, entry.value, error)
+    return (*found, *CATALOGUE)

@@ -10,7 +10,7 @@ import operator
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph
+from sparsepass.canon import CanonicalGraph, Operand
 from sparsepass.match import same_size, shape
 
 
@@ -20,9 +20,17 @@ def repeated(k: torch.Tensor, groups: int) -> torch.Tensor:
     return k[:, :, None, :, :].expand(batch, heads, groups, length, dim).reshape(batch, heads * groups, length, dim)
 
 
-def without_repeat(view: CanonicalGraph, node: fx.Node) -> fx.Node:
+def both_without_repeat(view: CanonicalGraph, key: Operand, value: Operand) -> tuple[Operand, Operand]:
+    """Key and value without their repetition, or as they are where only one of them is seen to be repeated."""
+    pair = without_repeat(view, key), without_repeat(view, value)
+    return pair if same_size(shape(pair[0])[1], shape(pair[1])[1]) else (key, value)
+
+
+def without_repeat(view: CanonicalGraph, node: Operand) -> Operand:
     """The [B, Hkv, S, D] tensor behind a repeated [B, H, S, D] one, or ``node`` itself where nothing is repeated."""
     node = view.resolve(node)
+    if not isinstance(node, fx.Node):
+        return node
     name = view.ops[node].name
     if name == "reshape":
         expanded = view.resolve(node.args[0])

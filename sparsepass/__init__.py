@@ -8,6 +8,7 @@ from sparsepass.decorator import sparse
 from sparsepass.errors import HintError, KernelInputError, OptionError, PolicyError, SparsepassError
 from sparsepass.hints import TaskHint, current_task, task
 from sparsepass.inspection import explain
+from sparsepass.monitor import MassReport, Monitor, monitor
 from sparsepass.pipeline import backend
 from sparsepass.plan import plan_keys
 from sparsepass.policy import Policy
@@ -21,6 +22,8 @@ __all__ = [
     "Budget",
     "HintError",
     "KernelInputError",
+    "MassReport",
+    "Monitor",
     "OptionError",
     "Policy",
     "PolicyError",
@@ -31,6 +34,7 @@ __all__ = [
     "backend",
     "current_task",
     "explain",
+    "monitor",
     "plan_keys",
     "sparse",
     "task",

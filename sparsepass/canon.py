@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 
 Operand = Any
-"""A ``fx.Node`` or a constant."""
+"""A ``fx.Node``, a ``Made`` or a constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +40,57 @@ class Op:
         return f"{self.name}({inner})" if inner else self.name
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A value that no node holds yet: the call ``target(*args, **kwargs)`` that the rewrite will add.
+
+    Patterns must not touch the graph. Where one needs ``bmm``'s [B * H, S, D] as [B, H, S, D], it hands on this.
+    ``target`` is a function, or the name of a method of the first argument.
+    """
+
+    target: str | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: dict[str, Any]
+    """``example_value``: the fake tensor, as on a node."""
+
+    @property
+    def name(self) -> str:
+        """For messages: the first node that it is made of."""
+        return next((node.name for node in nodes_of(self)), str(self.target))
+
+
+def nodes_of(source: Any) -> Iterator[fx.Node]:
+    """The graph nodes that an operand, or a list of them, is made of."""
+    if isinstance(source, fx.Node):
+        yield source
+    elif isinstance(source, Made):
+        for given in (source.args, tuple(source.kwargs.values())):
+            yield from nodes_of(given)
+    elif isinstance(source, tuple | list):
+        for part in source:
+            yield from nodes_of(part)
+
+
 IDENTITY = "identity"
 
 _MATMUL = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")
-_ADD = (torch.add, operator.add, "add", "__add__", "__radd__")
-_MUL = (torch.mul, torch.multiply, operator.mul, "mul", "multiply", "__mul__", "__rmul__")
-_DIV = (torch.div, torch.true_divide, operator.truediv, "div", "true_divide", "__truediv__")
-_SOFTMAX = (F.softmax, torch.softmax, "softmax")
+_ADD = (torch.add, operator.add, "add", "__add__", "__radd__", operator.iadd, "add_", "__iadd__")
+_SUB = (torch.sub, torch.subtract, operator.sub, "sub", "subtract", "__sub__", operator.isub, "sub_", "__isub__")
+_MUL = (torch.mul, torch.multiply, operator.mul, operator.imul)
+_MUL_NAMES = ("mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__")
+_DIV = (torch.div, torch.divide, torch.true_divide, operator.truediv, operator.itruediv)
+_DIV_NAMES = ("div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__")
+_MASKED_FILL = (torch.masked_fill, "masked_fill", "masked_fill_")
+_WHERE = (torch.where, "where")
+_SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, "softmax")
 _TRANSPOSE = (torch.transpose, torch.swapaxes, "transpose", "swapaxes", "swapdims")
 _PERMUTE = (torch.permute, "permute")
 _UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
 _GETITEM = (operator.getitem, "__getitem__")
 _EXPAND = ("expand",)
-_RESHAPE = (torch.reshape, "reshape", "view")
+_RESHAPE = (torch.reshape, torch.flatten, torch.unflatten)
+_RESHAPE_NAMES = ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as")
 _DROPOUT = (F.dropout, torch.dropout, "dropout")
 _CAST = ("to", "float", "half", "bfloat16", "double", "type", "type_as")
 _SAME = ("contiguous", "clone", "detach", torch.clone, torch.detach)
@@ -61,27 +99,38 @@ _SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attenti
 _NAMES: dict[Any, str] = {}
 for _name, _targets in {
     "matmul": _MATMUL,
+    "baddbmm": (torch.baddbmm, "baddbmm"),
+    "einsum": (torch.einsum, torch.functional.einsum),
     "add": _ADD,
-    "mul": _MUL,
-    "div": _DIV,
+    "sub": _SUB,
+    "mul": (*_MUL, *_MUL_NAMES),
+    "div": (*_DIV, *_DIV_NAMES),
+    "tanh": (torch.tanh, F.tanh, "tanh", "tanh_"),
+    "where": _WHERE,
+    "masked_fill": _MASKED_FILL,
+    "cat": (torch.cat, torch.concat, torch.concatenate),
     "softmax": _SOFTMAX,
     "transpose": _TRANSPOSE,
     "permute": _PERMUTE,
     "unsqueeze": _UNSQUEEZE,
+    "squeeze": (torch.squeeze, "squeeze"),
     "getitem": _GETITEM,
     "expand": _EXPAND,
-    "reshape": _RESHAPE,
+    "reshape": (*_RESHAPE, *_RESHAPE_NAMES),
     "dropout": _DROPOUT,
     "cast": _CAST,
     "same": _SAME,
     "sdpa": _SDPA,
+    "multi_head_attention": (F.multi_head_attention_forward,),
+    "flex_attention": (torch.ops.higher_order.flex_attention,),
+    "native_attention": (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd),
 }.items():
     _NAMES.update(dict.fromkeys(_targets, _name))
 
 
 def value(node: Operand) -> Any:
     """Example value Dynamo recorded for a node (a fake tensor or a SymInt); constants stand for themselves."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+    return node.meta.get("example_value") if isinstance(node, fx.Node | Made) else node
 
 
 def is_scalar(operand: Operand) -> bool:
@@ -133,6 +182,49 @@ def _div(node: fx.Node) -> Op:
     if node.kwargs.get("rounding_mode") is None and isinstance(right, int | float) and right != 0:
         return Op("mul", (left, 1.0 / right))
     return Op("div", (left, right))
+
+
+def _baddbmm(node: fx.Node) -> Op:
+    operands = tuple(_argument(node, place, name) for place, name in enumerate(("input", "batch1", "batch2")))
+    factors = tuple((name, node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
+    return Op("baddbmm", operands, factors)
+
+
+def _einsum(node: fx.Node) -> Op:
+    """The equation is a parameter, without blanks; operands may come as one list."""
+    equation, given = node.args[0], node.args[1:]
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = tuple(given[0])
+    if not isinstance(equation, str) or len(given) != 2:
+        return _opaque(node)
+    return Op("einsum", tuple(given), (("equation", equation.replace(" ", "")),))
+
+
+def _named(name: str, *arguments: str) -> Callable[[fx.Node], Op]:
+    """An operation whose operands are these arguments, all of them given."""
+
+    def build(node: fx.Node) -> Op:
+        operands = tuple(_argument(node, place, argument, _MISSING) for place, argument in enumerate(arguments))
+        return _opaque(node) if _MISSING in operands else Op(name, operands)
+
+    return build
+
+
+_MISSING: Any = object()
+
+
+def _reshape(node: fx.Node) -> Op:
+    if any(isinstance(given, torch.dtype) for given in (*node.args, *node.kwargs.values())):
+        return _opaque(node)  # other numbers in the same bits
+    return Op("reshape", tuple(node.all_input_nodes[:1]))
+
+
+def _cat(node: fx.Node) -> Op:
+    parts = _argument(node, 0, "tensors")
+    axis = _argument(node, 1, "dim", 0)
+    if not isinstance(parts, list | tuple):
+        return _opaque(node)
+    return Op("cat", tuple(parts), (("dim", _axis(axis, _rank(node))),))
 
 
 def _softmax(node: fx.Node) -> Op:
@@ -188,8 +280,16 @@ def _opaque(node: fx.Node) -> Op:
 
 _BUILDERS: dict[str, Callable[[fx.Node], Op]] = {
     "matmul": lambda node: Op("matmul", (_argument(node, 0, "input"), _argument(node, 1, "other"))),
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
     "add": _binary("add"),
+    "sub": _binary("sub"),
     "mul": _binary("mul"),
+    "tanh": _named("tanh", "input"),
+    "where": _named("where", "condition", "input", "other"),
+    "masked_fill": _named("masked_fill", "input", "mask", "value"),
+    "cat": _cat,
+    "reshape": _reshape,
     "div": _div,
     "softmax": _softmax,
     "transpose": _transpose,
@@ -215,9 +315,27 @@ def canonical_op(node: fx.Node) -> Op:
     return builder(node) if builder else Op(name, tuple(node.all_input_nodes))
 
 
+_FRESH = frozenset(
+    ["matmul", "baddbmm", "einsum", "add", "sub", "mul", "div", "tanh", "where", "masked_fill", "cat", "softmax"]
+)
+"""Operations whose result is new memory: written to in place, they are the only ones that see it."""
+_FACTORIES = frozenset(["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full"])
+_VIEWS = frozenset(["transpose", "permute", "unsqueeze", "squeeze", "getitem", "expand", "reshape"])
+_SHAPE_READERS = frozenset(["expand_as", "view_as", "reshape_as", "type_as", "to"])
+"""Methods that take only the shape or type of their second operand."""
+_SHAPES = frozenset(
+    "size dim numel new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split()  # noqa: SIM905
+)
+
+
 @dataclass
 class CanonicalGraph:
-    """View of ``graph``: ``ops`` by node, and a networkx graph of the value flow with identities contracted."""
+    """View of ``graph``: ``ops`` by node, and a networkx graph of the value flow with identities contracted.
+
+    What is written in place (``scores /= 8``, ``scores.masked_fill_(..)``) is read in its order: operands of later
+    operations are the node that wrote last. That is so where the memory is a result of its own that nothing else looks
+    at, or at its only view; any other write is in ``writes`` alone, and a region across it is refused.
+    """
 
     graph: fx.Graph
     ops: dict[fx.Node, Op] = field(default_factory=dict)
@@ -225,39 +343,96 @@ class CanonicalGraph:
     order: dict[fx.Node, int] = field(default_factory=dict)
     writes: list[fx.Node] = field(default_factory=list)
     """Nodes that write to memory, in order."""
+    read_writes: set[fx.Node] = field(default_factory=set)
+    """Those of them that are read as operations of their own."""
 
     def __post_init__(self) -> None:
-        source: dict[fx.Node, fx.Node] = {}
+        self._source: dict[fx.Node, fx.Node] = {}
+        self._memory: dict[fx.Node, fx.Node] = {}
+        """By a node that writes in place: the node whose memory that is."""
+        self._latest: dict[fx.Node, fx.Node] = {}
+        """By memory: the node that wrote to it last, so far."""
+        self.live = _live(self.graph)
         for node in self.graph.nodes:
-            op = canonical_op(node)
-            self.ops[node] = op
             self.order[node] = len(self.order)
+            op = canonical_op(node)
             if mutates(node):
                 self.writes.append(node)
+                op = self._write(node, op)
+            op = Op(op.name, tuple(self._now(operand) for operand in op.operands), op.params)
+            self.ops[node] = op
+            if node in self.read_writes:
+                memory = self._memory_of(node.args[0])
+                self._memory[node] = memory
+                self._latest[memory] = node
             if op.name == IDENTITY and isinstance(op.operands[0], fx.Node):
-                source[node] = source.get(op.operands[0], op.operands[0])
+                self._source[node] = self._source.get(op.operands[0], op.operands[0])
                 continue
             self.flow.add_node(node, op=op)
-            for used in node.all_input_nodes:
-                self.flow.add_edge(source.get(used, used), node)
-        self._source = source
+            for used in _values_read(node):
+                self.flow.add_edge(self.resolve(self._now(used)), node)
+
+    def _now(self, operand: Operand) -> Operand:
+        """``operand`` as it is at this place of the graph: the last write to it."""
+        if not isinstance(operand, fx.Node) or not self._latest:
+            return operand
+        return self._latest.get(self._memory_of(operand), operand)
+
+    def _memory_of(self, node: Any) -> fx.Node:
+        root: fx.Node = self._source.get(node, node)
+        return self._memory.get(root, root)
+
+    def _write(self, node: fx.Node, op: Op) -> Op:
+        """The operation of a node that writes, if it can be read as one; else an opaque one."""
+        if op.name not in _FRESH or not node.args or not isinstance(node.args[0], fx.Node):
+            return _opaque(node)
+        at = node.args[0]
+        looks = [user for user in at.users if user in self.ops and (user in self._source or self._is_view(user))]
+        while at in self._source or self.ops[at].name in _VIEWS:
+            parent = at.all_input_nodes[0]
+            looks += [user for user in parent.users if user is not at and user in self.live]
+            at = parent
+        if looks or not (self.ops[at].name in _FRESH or self.ops[at].name.partition(":")[2] in _FACTORIES):
+            return _opaque(node)
+        self.read_writes.add(node)
+        return op
+
+    def _is_view(self, node: fx.Node) -> bool:
+        return self.ops[node].name in _VIEWS and node in self.live
 
     def resolve(self, operand: Operand) -> Operand:
         """The node whose value ``operand`` carries, looking through identities; constants stay as they are."""
         return self._source.get(operand, operand) if isinstance(operand, fx.Node) else operand
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        """Nodes that read the value of ``node``, directly or through identities, in graph order."""
-        return list(self.flow.successors(node))
+        """Live nodes that read the value of ``node``, directly or through identities, in graph order."""
+        return [user for user in self.flow.successors(node) if user in self.live]
 
-    def write_inside(self, region: frozenset[fx.Node]) -> fx.Node | None:
-        """A node that writes to memory between the first and the last node of ``region``, or None.
-
-        A replacement reads its operands where the last node stands, so it alone would see that write.
-        """
-        places = [self.order[node] for node in region]
-        at = bisect.bisect_right(self.writes, min(places), key=self.order.__getitem__)
-        return self.writes[at] if at < len(self.writes) and self.order[self.writes[at]] < max(places) else None
+    def writes_between(self, first: int, last: int) -> list[fx.Node]:
+        """The nodes that write to memory between two places of the graph, in order."""
+        at = bisect.bisect_right(self.writes, first, key=self.order.__getitem__)
+        until = bisect.bisect_left(self.writes, last, key=self.order.__getitem__)
+        return self.writes[at:until]
 
     def anchors(self, name: str) -> list[fx.Node]:
         return [node for node, op in self.ops.items() if op.name == name]
+
+
+def _values_read(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node whose values it reads, not only their shapes or types."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim"):
+        return []
+    if name in _SHAPES:
+        return []
+    return node.all_input_nodes[:1] if name in _SHAPE_READERS else node.all_input_nodes
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value is read in the end, or that do more than yield one."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        acts = node.op not in ("call_function", "call_method", "get_attr") or mutates(node)
+        if acts or not isinstance(value(node), torch.Tensor) or any(user in live for user in node.users):
+            live.add(node)
+    return live

@@ -13,6 +13,8 @@ from typer.core import TyperCommand
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.commands import COMMANDS
 from sparsepass.bench.options import make, specs, spread
+from sparsepass.calibrate.command import COMMAND as CALIBRATE
+from sparsepass.calibrate.evaluate_command import COMMAND as EVALUATE
 from sparsepass.coverage.run import COMMAND as COVERAGE
 from sparsepass.errors import OptionError
 from sparsepass.tune.run import COMMAND as TUNE
@@ -24,10 +26,12 @@ bench_app = typer.Typer(
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds ``bench``, ``tune`` and ``coverage`` to the command line."""
+    """Adds ``bench``, ``tune``, ``coverage``, ``calibrate`` and ``evaluate`` to the command line."""
     app.add_typer(bench_app, name="bench")
     add_command(app, TUNE)
     add_command(app, COVERAGE)
+    add_command(app, CALIBRATE)
+    add_command(app, EVALUATE)
 
 
 def add_command(app: typer.Typer, command: Command) -> None:

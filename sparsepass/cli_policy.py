@@ -23,14 +23,18 @@ _CLASSES = [task for task in TaskClass if task is not TaskClass.DENSE]
 
 @policy_app.command()
 def show(
-    file: Annotated[Path | None, typer.Argument(help="Policy file; default: the built-in prior.")] = None,
+    file: Annotated[
+        str, typer.Argument(help="Policy file, or 'prior' or 'published', the built-in ones.", show_default=True)
+    ] = "prior",
     layer: Annotated[
         int | None, typer.Option(min=0, help="Of this layer; default: the most cautious of all layers.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Show the budget of each task class in each length bucket."""
-    policy = _policy(file)
+    from sparsepass.policy import resolve_policy
+
+    policy = resolve_policy(file)
     if as_json:
         rows = [
             {"low": bucket.low, "high": bucket.high}
@@ -57,7 +61,9 @@ def show(
 @policy_app.command()
 def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
     """Check a policy file against the schema; the exit code is 0 if it is valid, else 2."""
-    policy = _policy(file)
+    from sparsepass.policy import Policy
+
+    policy = Policy.load(file)
     for bucket in policy.buckets:
         for task in _CLASSES:
             policy.budget(task, bucket)  # raises where rules and buckets do not fit together
@@ -69,19 +75,22 @@ def check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
 @policy_app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="File to write.")],
+    policy: Annotated[str, typer.Option(help="The built-in policy to write: 'prior' or 'published'.")] = "prior",
     short: Annotated[
-        bool, typer.Option("--short", help='The prior by name ("default": "prior"), not as rules to edit.')
+        bool,
+        typer.Option(
+            "--short", help='With what the prior gives by its name ("default": "prior"), not as rules to edit.'
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
 ) -> None:
-    """Write the built-in prior as a policy file: an example to edit, one rule per class and density."""
-    from sparsepass.policy import builtin_policy
+    """Write a built-in policy as a policy file: an example to edit, one rule per class and density."""
 
     if file.exists() and not force:
         raise PolicyError(f"{file} exists already; give another name, or --force to overwrite it.")
-    policy = builtin_policy()
+    named = _named(policy)
     try:
-        (policy if short else _as_rules(policy)).save(file)
+        (named if short else _as_rules(named)).save(file)
     except OSError as error:
         raise PolicyError(f"{file} cannot be written: {error.strerror}.") from error
     typer.echo(f"Wrote {file}. See it with: sparsepass policy show {file}")
@@ -110,10 +119,12 @@ def _budget_json(budget: Budget) -> dict[str, Any]:
     return {"method": budget.method, **budget.params}
 
 
-def _policy(file: Path | None) -> Policy:
-    from sparsepass.policy import Policy, builtin_policy
+def _named(name: str) -> Policy:
+    from sparsepass.policy import NAMED
 
-    return builtin_policy() if file is None else Policy.load(file)
+    if name not in NAMED:
+        raise PolicyError(f"No built-in policy is called {name!r}; accepted are {', '.join(map(repr, NAMED))}.")
+    return NAMED[name]()
 
 
 def _as_rules(policy: Policy) -> Policy:
@@ -134,5 +145,5 @@ def _as_rules(policy: Policy) -> Policy:
     return Policy(
         name=f"{policy.name}-as-rules",
         rules=tuple(rules),
-        description="The prior as rules. Of those that hold the last wins; lengths are key lengths in tokens.",
+        description=f"The policy {policy.name!r} as rules. Of those that hold the last wins; lengths are key tokens.",
     )

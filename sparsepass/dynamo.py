@@ -5,9 +5,10 @@ Written against torch 2.11 to 2.13; a change there breaks here and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +85,18 @@ def holds(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(condition))
+
+
+@contextlib.contextmanager
+def suppressed_guards(shape_env: Any) -> Iterator[None]:
+    """What is computed inside on symbolic sizes installs no guard."""
+    if shape_env is None:
+        yield
+        return
+    from torch.fx.experimental.symbolic_shapes import _suppress_guards
+
+    with _suppress_guards(shape_env):
+        yield
 
 
 def size_reader(graph: fx.Graph, size: int | torch.SymInt) -> Callable[[Sequence[Any]], int] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from sparsepass import watch
+from sparsepass.canon import value
 from sparsepass.crossover import Verdict, full_wins, sparse_wins
 from sparsepass.hints import current_hint
 from sparsepass.kernels.support import why_not
@@ -42,8 +44,13 @@ class Settings:
     always_sparse: bool = False
     """Ignore the measured crossover: every site with a budget under dense goes through the sparse kernel."""
 
-    def wanted(self) -> TaskClass | Rows:
+    def given(self) -> TaskClass | Rows:
+        """The hint in force, as given."""
         return current_hint() or self.task or TaskClass.UNKNOWN
+
+    def wanted(self) -> TaskClass | Rows:
+        """The class, or each row's, whose budgets hold now: the hint's, unless a monitor raised it."""
+        return watch.in_force(self.given())
 
 
 def refusal(found: FoundSite) -> Skip | None:
@@ -53,11 +60,13 @@ def refusal(found: FoundSite) -> Skip | None:
         return Skip("decode site: one query row, stays dense for now")
     if attention.dropout_p != 0.0:
         return Skip(f"attention dropout is {attention.dropout_p}; the sparse kernels have none (call model.eval())")
-    operands = (attention.query, attention.key, attention.value)
-    values = [operand.meta.get("example_value") for operand in operands]
+    values = [value(operand) for operand in attention.operands]
     tensors = [held for held in values if isinstance(held, torch.Tensor)]
     if len(tensors) != len(values):
         return Skip("the graph carries no shapes for query, key or value")
+    tensors += [held for term in attention.masks if isinstance(held := value(term.operand), torch.Tensor)] + [
+        held for held in [value(attention.sinks)] if isinstance(held, torch.Tensor)
+    ]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Skip("gradients are needed here; run under torch.no_grad() or torch.inference_mode()")
     if isinstance(found.terms, Skip):
@@ -114,14 +123,20 @@ def verdict_for(found: FoundSite, budget: Budget, bucket: LengthBucket) -> Verdi
     device = torch.device(site.device)
     length = equivalent_length(site, bucket)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return sparse_wins(
+    method = make_method(budget)
+    cost = method.cost_at(length)
+    verdict = sparse_wins(
         device_name=name,
         device_type=device.type,
         dtype=site.dtype,
         head_dim=site.head_dim,
         length=length,
-        density=make_method(budget).density_at(length),
+        density=cost,
     )
+    if cost == method.density_at(length):
+        return verdict
+    beside = f" The cost of {method.text()} is counted: that of pooled_topk at density {cost:.3g}."
+    return replace(verdict, reason=verdict.reason + beside)
 
 
 def limit_for(found: FoundSite, budget: Budget, bucket: LengthBucket, settings: Settings) -> float:
@@ -161,7 +176,7 @@ def _dense_without_mask(found: FoundSite) -> bool:
 
     An SDPA site that has no mask already is left alone.
     """
-    if found.attention.spelling == "sdpa" and found.attention.mask is None:
+    if found.attention.spelling == "sdpa" and not found.attention.masks:
         return False
     return _has_flag(found)
 
@@ -169,7 +184,9 @@ def _dense_without_mask(found: FoundSite) -> bool:
 def _has_flag(found: FoundSite) -> bool:
     """Whether SDPA can be told of the site's mask by a flag, without a tensor."""
     terms = found.terms
-    if not isinstance(terms, MaskTerms) or terms.padding or terms.segments is not None:
+    if not isinstance(terms, MaskTerms) or terms.padding or terms.segments is not None or terms.whole:
+        return False
+    if not found.attention.plain:
         return False
     band = terms.band
     return band.left < 0 and (band.right < 0 or (band.right == 0 and band.align is Align.TOP_LEFT))

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import UNBOUNDED, BlockLists, Visible, block_sparse_attention
+from sparsepass.kernels.dispatch import (
+    UNBOUNDED,
+    BlockLists,
+    Scores,
+    Visible,
+    block_sparse_attention,
+    check_inputs,
+    visible_blocks,
+)
 from sparsepass.kernels.dispatch_select import select_pooled_topk
+from sparsepass.kernels.support import default_block
 from sparsepass.methods.heads import float32_at_most
 from sparsepass.ops import default_scale
 
@@ -91,6 +101,11 @@ def sparse_attention(
     key_padding: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention, blocks given or selected by pooled block top-k at ``density``.
@@ -99,23 +114,34 @@ def sparse_attention(
     the batch, or float32 [B], [B, 1], [B, H] or [1, H] on the device. A tensor's values are not looked at, since that
     would wait for the device: ``max_density`` (default 1) sizes the lists, and what is over it is cut to it.
 
-    query [B, H, Sq, D], key and value [B, Hkv, Skv, D]: fp16, bf16 or fp32, any strides. ``causal``: the last query
-    stands at the last key (queries are a suffix of the keys). ``window``: with ``causal``, keys seen including its own;
-    without, keys to either side. ``key_padding``: bool [B, Skv], True is a real key. ``segments``: integer [B, S],
-    attention stays within equal numbers; ``cu_seqlens``: the same as cumulative lengths, batch 1. Returns the output
-    [B, H, Sq, D], and with ``return_lse`` the log-sum-exp float32 [B, H, Sq]; rows that see nothing give 0 and -inf.
-    Raises ``KernelInputError``. Method: The Sparse Frontier (arXiv 2504.17768), block-sparse.
+    query [B, H, Sq, D], key [B, Hkv, Skv, D], value [B, Hkv, Skv, Dv]: fp16, bf16 or fp32, any strides. ``causal``: the
+    last query stands at the last key (queries are a suffix of the keys). ``window``: with ``causal``, keys seen
+    including its own; without, keys to either side. ``key_padding``: bool [B, Skv], True is a real key. ``segments``:
+    integer [B, S], attention stays within equal numbers; ``cu_seqlens``: the same as cumulative lengths, batch 1.
+    ``softcap``, ``slopes`` (ALiBi), ``bias``, ``mask`` (bool, True is visible) and ``sinks`` change the scores as
+    ``kernels.scores.Scores`` says; blocks of which mask and bias hide every pair are not computed, and ``density`` is
+    then of each head's other blocks. Returns the output [B, H, Sq, Dv], and with ``return_lse`` the log-sum-exp float32
+    [B, H, Sq]; rows that see nothing give 0 and -inf. Raises ``KernelInputError``. Method: The Sparse Frontier (arXiv
+    2504.17768), block-sparse.
     """
     if (blocks is None) == (density is None):
         raise KernelInputError("Give either blocks (lists, or a BlockMask) or density, not both and not neither.")
+    check_inputs(query, key, value)
     visible = _visible(query, key, causal, window, key_padding, segments, cu_seqlens)
     factor = default_scale(query.shape[-1]) if scale is None else scale
+    scores = Scores(softcap, slopes, bias, mask, sinks)
+    if scores.hides and blocks is None:
+        block = default_block(query.device)
+        shown = visible_blocks(query, key, scores, visible, q_block=block, kv_block=block)
+        visible = replace(visible, blocks=shown)
     if blocks is None:
         share, most = _density(density, max_density, query)
         lists = select_pooled_topk(query, key, scale=factor, visible=visible, density=share, max_density=most)
     else:
         lists = blocks if isinstance(blocks, BlockLists) else from_block_mask(blocks)
-    out, lse = block_sparse_attention(query, key, value, lists, scale=factor, visible=visible, return_lse=return_lse)
+    out, lse = block_sparse_attention(
+        query, key, value, lists, scale=factor, visible=visible, scores=scores, return_lse=return_lse
+    )
     return out if lse is None else (out, lse)
 
 

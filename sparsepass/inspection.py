@@ -159,7 +159,8 @@ def _site_report(
 ) -> SiteReport:
     asked = sum(row.density for row in rows) / len(rows) if rows else None
     if not entry.budget.dense and entry.budget.method not in (BY_LENGTH, BY_ROW):
-        asked = make_method(entry.budget).mean_density
+        method, length = make_method(entry.budget), entry.site.kv_len
+        asked = method.density_at(length) if isinstance(length, int) else method.mean_density
     return SiteReport(
         entry=entry,
         density_asked=asked,

@@ -7,7 +7,7 @@ as. Reading a mask from its definition, or reusing its nodes later, is right onl
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx
@@ -83,17 +83,29 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
         yield out
 
 
+def touched_by(writer: fx.Node) -> dict[fx.Node, None]:
+    """Every node whose memory ``writer`` may write to: what it changes, views of that, what that is a view of."""
+    return _spread(writer, {})
+
+
 def mutated_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Every node whose memory may be written after it was made, with the first node that writes it."""
     found: dict[fx.Node, fx.Node] = {}
     for writer in graph.nodes:
-        pending = list(_written(writer))
-        while pending:
-            node = pending.pop()
-            if node in found or not _holds_tensor(node):
-                continue
-            found[node] = writer
-            if not _is_fresh(node):
-                pending += node.all_input_nodes
-            pending += [user for user in node.users if not _is_fresh(user)]
+        found.update(dict.fromkeys(_spread(writer, found), writer))
+    return found
+
+
+def _spread(writer: fx.Node, known: Mapping[fx.Node, object]) -> dict[fx.Node, None]:
+    """The nodes that a write reaches, beyond those known."""
+    found: dict[fx.Node, None] = {}
+    pending = list(_written(writer))
+    while pending:
+        node = pending.pop()
+        if node in found or node in known or not _holds_tensor(node):
+            continue
+        found[node] = None
+        if not _is_fresh(node):  # what ``x *= y`` yields is x
+            pending += list(_written(node)) or node.all_input_nodes
+        pending += [user for user in node.users if not _is_fresh(user)]
     return found

@@ -361,7 +361,7 @@ def _where(reader: MaskReader, node: fx.Node, index: Index) -> Value:
     return _choose(reader, node, index, argument(node, 0, "condition"), yes, no)
 
 
-@handles("masked_fill")
+@handles("masked_fill", "masked_fill_")
 def _masked_fill(reader: MaskReader, node: fx.Node, index: Index) -> Value:
     return _choose(
         reader, node, index, argument(node, 1, "mask"), argument(node, 2, "value"), argument(node, 0, "input")

@@ -31,6 +31,8 @@ class Found:
     padding: list[fx.Node] = field(default_factory=list)
     segments: list[Opaque] = field(default_factory=list)
     """The segment ids as the query side reads them."""
+    chunks: list[fx.Node] = field(default_factory=list)
+    """Nodes of the keys' chunk numbers, where attention stays within chunks of a fixed length."""
 
 
 @dataclass
@@ -48,11 +50,11 @@ class TermReader:
         self.logic = self.reader.logic
         self.prover = self.reader.prover
 
-    def terms(self, visible: Pred) -> tuple[Found, fx.Node | None]:
-        """The bounds and padding of ``visible``, and the node of its segment ids.
+    def terms(self, visible: Pred) -> tuple[Found, fx.Node | None, Skip | None]:
+        """The bounds and padding of ``visible``, the node of its segment ids, and why a term is none of these.
 
         Raises:
-            Refused: a term is none of these.
+            Refused: nothing of the mask is understood.
         """
         found = Found()
         atoms = list(self._conjuncts(visible))
@@ -60,10 +62,19 @@ class TermReader:
         for atom in atoms:
             if (ids := self._same_document(atom)) is not None:
                 found.segments.append(ids)
+            elif (chunks := self._same_chunk(atom)) is not None:
+                found.chunks.append(chunks)
+        refused: Skip | None = None
         for atom in atoms:
-            if self._same_document(atom) is None:
-                self._classify(atom, found)
-        return found, self._segments(found)
+            if self._same_document(atom) is None and self._same_chunk(atom) is None:
+                try:
+                    self._classify(atom, found)
+                except Refused as why:
+                    refused = refused or why.skip
+        try:
+            return found, self._segments(found), refused
+        except Refused as why:
+            return found, None, refused or why.skip
 
     def _conjuncts(self, pred: Pred) -> Iterator[Pred]:
         """The terms of the conjunction that are not true everywhere."""
@@ -107,6 +118,31 @@ class TermReader:
             return None
         pair = self._same_node(atom.expr)
         return pair[0] if pair is not None and pair[2] == 0 else None
+
+    def _same_chunk(self, atom: Pred) -> fx.Node | None:
+        """The keys' chunk numbers, if the term says that query and key are in one chunk of a fixed length.
+
+        ``(key + a) // length == (query + a) // length`` with as many queries as keys: those numbers are segment ids.
+        """
+        if atom.kind is not Kind.EQ or not self.prover.equal(self.reader.domain[self.q], self.reader.domain[self.k]):
+            return None
+        opaques = self.logic.opaques_in(atom.expr)
+        if len(opaques) != 2 or any(opaque.what != "floordiv" for opaque in opaques):
+            return None
+        query, key = sorted(opaques, key=lambda opaque: self.k in opaque.depends)
+        if (
+            sympy.expand(atom.expr - key.symbol + query.symbol) != 0
+            and sympy.expand(atom.expr + key.symbol - query.symbol) != 0
+        ):
+            return None
+        start = sympy.expand(key.index[0] - self.k)
+        mirrored = tuple(sympy.expand(part.subs(self.k, self.q)) for part in key.index)
+        same = mirrored == tuple(sympy.expand(part) for part in query.index)
+        if not same or not start.is_Integer or start < 0 or not key.index[1].is_Integer:
+            return None
+        sizes = self.reader.sizes(key.node)
+        fits = sizes and self.prover.equal(sizes[-1], self.reader.domain[self.k])
+        return key.node if fits and all(size == 1 for size in sizes[:-1]) else None
 
     def _same_node(self, expr: sympy.Expr) -> tuple[Opaque, Opaque, sympy.Expr, int] | None:
         """``sign * (x[b, k] - x[b, q]) + rest`` as (x[b, q], x[b, k], rest, sign)."""
@@ -217,9 +253,11 @@ class TermReader:
 
     def _segments(self, found: Found) -> fx.Node | None:
         """The one node of segment ids, checked to be [B or 1, S]."""
-        nodes = list(dict.fromkeys(ids.node for ids in found.segments))
+        nodes = list(dict.fromkeys([*(ids.node for ids in found.segments), *found.chunks]))
         if not nodes:
             return None
+        if nodes == found.chunks:
+            return nodes[0]
         if len(nodes) > 1:
             raise Refused("The mask compares several kinds of segment ids.", *nodes)
         ids, sizes = found.segments[0], self.reader.sizes(nodes[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,29 +17,62 @@ import torch
 from torch import fx
 
 from sparsepass.canon import CanonicalGraph, Op, Operand, canonical_op, is_scalar, value
+from sparsepass.made import Maker
 from sparsepass.types import Skip
+
+HIDES = -1e4
+"""A number added to a score, or put in its place, that hides the key: its weight is 0 in every type, unless all visible
+scores of the row are as low."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A tensor that acts on the scores, as they stand in the graph.
+
+    ``operand`` is aligned at the right with scores [B, H, Sq, Skv]: a tensor of at most four dimensions, each of full
+    size or 1. Booleans show (``sign`` 1) or hide (``sign`` -1) keys where they are true; numbers are added ``sign``
+    times.
+    """
+
+    operand: Operand
+    sign: float = 1.0
 
 
 @dataclass(frozen=True)
 class Attention:
     """Attention as every pattern hands it on: operands before any repetition of K/V, and what is done to them.
 
-    ``query`` [B, H, Sq, D], ``key`` [B, Hkv, Skv, D], ``value`` [B, Hkv, Skv, Dv]; ``output`` is the node to replace,
-    [B, H, Sq, Dv]. ``mask`` is a graph node (bool: True is visible; float: added to the scores) or None.
+    ``query`` [B, H, Sq, D], ``key`` [B, Hkv, Skv, D], ``value`` [B, Hkv, Skv, Dv]: nodes, or values still to be made of
+    nodes. ``output`` is the node to replace: [B, H, Sq, Dv] after the calls of ``restore``. In this order: the scores
+    are scaled, capped, the terms of ``masks`` are added or hide, and sinks join.
     """
 
     spelling: str
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
+    query: Operand
+    key: Operand
+    value: Operand
     output: fx.Node
     scale: float | fx.Node | None
     """``None`` stands for 1/sqrt(D)."""
-    mask: fx.Node | None = None
+    masks: tuple[Term, ...] = ()
     is_causal: bool = False
     dropout_p: float = 0.0
+    softcap: float | None = None
+    sinks: Operand | None = None
+    """A float tensor [H]: logits that join each row's softmax and have no value."""
+    restore: tuple[tuple[Any, ...], ...] = ()
+    """Calls from [B, H, Sq, Dv] to what ``output`` yields, each (method or function, arguments...)."""
     region: frozenset[fx.Node] = frozenset()
     """Every node whose value only this attention needs, the output included."""
+
+    @property
+    def operands(self) -> tuple[Operand, Operand, Operand]:
+        return self.query, self.key, self.value
+
+    @property
+    def plain(self) -> bool:
+        """Whether scale and masks are all that is done to the scores."""
+        return self.softcap is None and self.sinks is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +117,12 @@ class Match:
     output: fx.Node
     roles: dict[str, Operand]
     nodes: dict[fx.Node, fx.Node]
+    maker: Maker = field(default_factory=Maker)
 
 
-Check = Callable[[Match], "Attention | Skip"]
+Check = Callable[[Match], "Attention | Skip | NearMiss"]
+"""A ``Skip`` says why this attention stays as it is, a ``NearMiss`` how far it is one; both unless another pattern
+matches."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +135,15 @@ class Pattern:
     forms: tuple[Form, ...] = ()
     """Empty for patterns that are a single node; ``check`` then gets a match with the anchor alone."""
 
-    def find(self, view: CanonicalGraph, anchor: fx.Node) -> Attention | Skip | NearMiss:
+    def find(self, view: CanonicalGraph, anchor: fx.Node, maker: Maker | None = None) -> Attention | Skip | NearMiss:
         """Match at ``anchor``: the attention found, why a complete match is refused, or the nearest miss."""
+        maker = maker or Maker()
         if not self.forms:
-            return self.check(Match(view, anchor, {}, {anchor: anchor}))
+            return self.check(Match(view, anchor, {}, {anchor: anchor}, maker))
         best: NearMiss | None = None
         for form in self.forms:
             try:
-                match = _Search(form, view, self).run(anchor)
+                match = replace(_Search(form, view, self).run(anchor), maker=maker)
             except _Mismatch as miss:
                 if best is None or miss.matched > best.matched:
                     best = NearMiss(self.name, miss.matched, miss.reason, miss.nodes)
@@ -141,14 +178,18 @@ class _Search:
         for node in inside - {output}:
             outside = [user for user in self.view.users(node) if user not in inside]
             if outside:
-                raise self.mismatch(_used_outside(node, outside[0]), node, outside[0])
+                raise self.mismatch(used_outside(node, outside[0]), node, outside[0])
         return Match(self.view, output, dict(self.roles), dict(self.nodes))
 
     def mismatch(self, reason: str, *nodes: fx.Node) -> _Mismatch:
         return _Mismatch(len(self.nodes), reason, nodes)
 
-    def unify(self, wanted: fx.Node, operand: Operand) -> None:
+    def unify(self, wanted: Operand, operand: Operand) -> None:
         operand = self.view.resolve(operand)
+        if not isinstance(wanted, fx.Node):
+            if isinstance(operand, fx.Node) or operand != wanted:
+                raise self.mismatch(f"expected the constant {wanted!r}, found {operand!r}")
+            return
         if wanted.op == "placeholder":
             self.bind(wanted.name, operand)
             return
@@ -200,7 +241,7 @@ class _Search:
             users = self.view.users(node)
             if len(users) != 1:
                 other = next((u for u in users if self.view.ops[u].name != self.form.view.ops[below].name), node)
-                raise self.mismatch(_used_outside(node, other), node, other)
+                raise self.mismatch(used_outside(node, other), node, other)
             expected, found = self.form.view.ops[below], self.view.ops[users[0]]
             self.compare(expected, found, users[0])
             self.nodes[below] = users[0]
@@ -208,7 +249,8 @@ class _Search:
             own, node = below, users[0]
 
 
-def _used_outside(node: fx.Node, user: fx.Node) -> str:
+def used_outside(node: fx.Node, user: fx.Node) -> str:
+    """Why a region cannot be replaced: a sentence for the user."""
     if user.op == "output":
         return f"{node.name!r}, inside the attention, is returned to the caller (output_attentions, for instance)"
     return f"{node.name!r}, inside the attention, is also used by {user.name!r}"
@@ -222,9 +264,23 @@ def shape(node: Operand) -> tuple[int | torch.SymInt, ...]:
 
 def same_size(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
     """Whether two sizes are provably equal, without installing a guard."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(left == right)
 
 
-__all__ = ["Attention", "Form", "Match", "NearMiss", "Pattern", "canonical_op", "same_size", "shape"]
+__all__ = [
+    "HIDES",
+    "Attention",
+    "Form",
+    "Match",
+    "NearMiss",
+    "Pattern",
+    "Term",
+    "canonical_op",
+    "same_size",
+    "shape",
+    "used_outside",
+]

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from sparsepass.hints import alike
 from sparsepass.methods.catalogue import encode_budget
 from sparsepass.methods.rows import RowBudgets, is_row_text, leaves_as_is, share_batch
-from sparsepass.types import TASKS, Budget, Rows, TaskClass
+from sparsepass.types import DENSE, EXACT, TASKS, Budget, Rows, TaskClass
 
-DENSE_TEXT = "dense"
+DENSE_TEXT = encode_budget(DENSE)
+EXACT_TEXT = encode_budget(EXACT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,8 @@ class BucketClasses:
         return shared if shared is not None and self._limit(shared) > 0 else None
 
     def cost(self, shared: RowBudgets, task: TaskClass | None) -> float:
-        """Density of rows of a class (None: under the cap) over the largest that pays: the time, as a share of what
-        just pays."""
-        density = shared.cap_density(self.length) if task is None else shared.row_density(task, self.length)
-        return density / self._limit(shared)
+        """Cost of rows of a class (None: under the cap), as a density, over the largest that pays."""
+        return shared.cost(task, self.length) / self._limit(shared)
 
     def _limit(self, shared: RowBudgets) -> float:
         return dict(self.limits).get(shared.cap.method, 0.0)
@@ -118,6 +117,11 @@ class MixTable:
         self._alone = {task: self._key([site.alone[i] for site in self.sites]) for i, task in enumerate(TASKS)}
         self._mixes: dict[frozenset[TaskClass], Mix] = {}
         self._last: tuple[Rows, str] = ((), "")
+        exact = [
+            all(site.alone[i] in (DENSE_TEXT, EXACT_TEXT) for site in self.sites if site.counted)
+            for i in range(len(TASKS))
+        ]
+        self._exact_keys = {self._alone[task] for task, all_of_it in zip(TASKS, exact, strict=True) if all_of_it}
 
     def key(self, hint: TaskClass | Rows) -> str:
         """The key of the plan that a hint means. Runs at each call of the compiled graph."""
@@ -129,6 +133,10 @@ class MixTable:
             key = mix.sparse_key if mix.pays(hint) else mix.dense_key
             self._last = (hint, key)
         return key
+
+    def watchable(self, key: str) -> bool:
+        """Whether a plan with this key leaves anything out: there is nothing to watch where all is exact."""
+        return key not in self._exact_keys
 
     def texts(self, hint: TaskClass | Rows) -> tuple[str, ...]:
         """The budget text of each site under a hint."""
@@ -146,8 +154,9 @@ class MixTable:
 
     @property
     def differs(self) -> bool:
-        """Whether any two hints mean different plans. Where every class alone is dense, no mix of them pays."""
-        return len(set(self._alone.values())) > 1
+        """Whether any two hints mean different plans, or a monitor does. Where every class alone is dense, no mix of
+        them pays."""
+        return len(set(self._alone.values())) > 1 or any(map(self.watchable, self._alone.values()))
 
     def _work_out(self, tasks: frozenset[TaskClass]) -> Mix:
         served = self._served(tasks)

@@ -8,24 +8,37 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from sparsepass import counters
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import Visible, block_sparse_attention, kernel_name
-from sparsepass.methods import Dense, Method, decode_budget, make_method
+from sparsepass.kernels.dispatch import Scores, Visible, block_sparse_attention, kernel_name, visible_blocks
+from sparsepass.kernels.sampled import kept_mass
+from sparsepass.methods import Dense, Full, Method, decode_budget, make_method
 from sparsepass.methods.rows import decode_rows, dial_table, is_row_text
 from sparsepass.types import UNBOUNDED
 
 _library = torch.library.Library("sparsepass", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
-    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None) -> Tensor",
+    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float softcap=0.0,"
+    " Tensor? slopes=None, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
+_library.define(
+    "watched_attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
+    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float softcap=0.0,"
+    " Tensor? slopes=None, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None, *, int sampled)"
+    " -> (Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
+)
+_FULL = Full()
 SPARSE_ATTENTION = torch.ops.sparsepass.attention.default
+WATCHED_ATTENTION = torch.ops.sparsepass.watched_attention.default
 
 
 def _attention(
@@ -41,22 +54,85 @@ def _attention(
     budget: str,
     slot: int,
     rows: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention over the blocks that ``budget`` selects.
 
-    query [B, H, Sq, D], key and value [B, Hkv, Skv, D] of one dtype (fp16, bf16, fp32), any strides; segments int32
-    [B, Sq] and [B, Skv]. ``budget``: a method's text form, or that of ``RowBudgets``, from which ``rows`` picks (class
-    numbers int32 [B], the places in ``TASKS``), or a table of these, ``high=text;...;*=text``, from which the real key
-    length picks. Returns [B, H, Sq, D] laid out as [B, Sq, H, D].
+    query [B, H, Sq, D], key [B, Hkv, Skv, D] and value [B, Hkv, Skv, Dv] of one dtype (fp16, bf16, fp32), any strides;
+    segments int32 [B, Sq] and [B, Skv]. ``softcap`` (0: none) to ``sinks``: the fields of ``kernels.scores.Scores``.
+    ``budget``: a method's text form, or that of ``RowBudgets``, from which ``rows`` picks (class numbers int32 [B], the
+    places in ``TASKS``), or a table of these, ``high=text;...;*=text``, from which the real key length picks.
+    Returns [B, H, Sq, Dv] laid out as [B, Sq, H, Dv].
     """
+    return _attend(
+        query,
+        key,
+        value,
+        q_segments,
+        kv_segments,
+        scale,
+        left,
+        right,
+        bottom_right,
+        budget,
+        slot,
+        rows,
+        softcap,
+        slopes,
+        bias,
+        mask,
+        sinks,
+    )[0]
+
+
+def _watched_attention(query: torch.Tensor, *arguments: Any, sampled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``_attention``, and the share of the attention mass that ``sampled`` query rows kept: float32 [B, H, sampled],
+    NaN where a row sees nothing, 1 where the attention is dense."""
+    out, mass = _attend(query, *arguments, sampled=sampled)
+    return out, query.new_ones(query.shape[0], query.shape[1], sampled, dtype=torch.float32) if mass is None else mass
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_segments: torch.Tensor | None,
+    kv_segments: torch.Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    bottom_right: bool,
+    budget: str,
+    slot: int,
+    rows: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    *,
+    sampled: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output, and where rows are sampled and blocks were left out, what those rows kept."""
     text = text_for(budget, key.shape[2])
     method = method_of(text)
     offset = key.shape[2] - query.shape[2] if bottom_right else 0
+    scores = Scores(softcap or None, slopes, bias, mask, sinks)
+    if method is None and scores.given:  # SDPA has no soft cap and no sinks, and would need a tensor for the rest
+        text, method = _FULL.text(), _FULL
     if method is None:
         out = _dense(query, key, value, q_segments, kv_segments, scale, left, right, offset)
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
+        return out.transpose(1, 2).contiguous().transpose(1, 2), None
     counter = counters.row(query.device, slot)
     visible = Visible(left, right, offset, q_segments, kv_segments)
+    if scores.hides:
+        block = method.list_block(query.device)
+        blocks = visible_blocks(query, key, scores, visible, q_block=block, kv_block=block)
+        visible = replace(visible, blocks=blocks)
     dial = None
     if is_row_text(text):
         if rows is None or rows.shape[0] != query.shape[0]:
@@ -67,10 +143,22 @@ def _attention(
         table = dial_table(text, query.shape[1], query.device)
         dial = None if table is None else table.index_select(0, rows)
     lists = method.select(query, key, scale=scale, visible=visible, counter=counter, dial=dial)
-    out, _ = block_sparse_attention(query, key, value, lists, scale=scale, visible=visible, counter=counter)
+    out, lse = block_sparse_attention(
+        query,
+        key,
+        value,
+        lists,
+        scale=scale,
+        visible=visible,
+        scores=scores,
+        counter=counter,
+        return_lse=sampled > 0,
+    )
     if slot not in counters.kernels:
-        counters.kernels[slot] = kernel_name(query, key, value, lists, scale=scale)
-    return out
+        counters.kernels[slot] = kernel_name(query, key, value, lists, scale=scale, scores=scores)
+    if lse is None or method.computes_all:
+        return out, None
+    return out, kept_mass(query, key, lse, count=sampled, scale=scale, visible=visible, scores=scores)
 
 
 def prepare(text: str, heads: int, device: torch.device) -> None:
@@ -135,9 +223,16 @@ def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: ob
     return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
 
 
-_library.impl("attention", _attention, "CPU")
-_library.impl("attention", _attention, "CUDA")
+def _watched_fake(query: torch.Tensor, *rest: Any, sampled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads = query.shape[:2]
+    return _fake(query, *rest), query.new_empty(batch, heads, sampled, dtype=torch.float32)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention", _attention, _device)
+    _library.impl("watched_attention", _watched_attention, _device)
 torch.library.register_fake("sparsepass::attention", _fake, lib=_library)
+torch.library.register_fake("sparsepass::watched_attention", _watched_fake, lib=_library)
 
 
 def default_scale(head_dim: int) -> float:

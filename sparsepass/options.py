@@ -19,7 +19,7 @@ ALWAYS_SPARSE = "sparsepass.always_sparse"
 INDUCTOR = "sparsepass.inductor"
 
 KNOWN: dict[str, str] = {
-    POLICY: "a Policy, the path of a policy file, or 'prior' (default: $SPARSEPASS_POLICY, else the prior)",
+    POLICY: "a Policy, the path of a policy file, 'prior' or 'published' (default: $SPARSEPASS_POLICY, else the prior)",
     TASK: "the hint (or a list, one per row) where no sparsepass.task(...) is in force (default: the hardest)",
     ALWAYS_SPARSE: "True: sparse wherever the policy says so, even where it was measured to be slower",
     INDUCTOR: "False: run the rewritten graph as it is, without Inductor (for inspection and tests)",

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass import counters, crossover, dynamo, record
+from sparsepass import counters, crossover, dynamo, record, watch
 from sparsepass import options as options_module
 from sparsepass.canon import value
+from sparsepass.fingerprint import warn_of_sites
 from sparsepass.hints import hint_words
+from sparsepass.inline import written_out
 from sparsepass.ops import prepare
 from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
 from sparsepass.rewrite import Rewriter
@@ -23,6 +25,7 @@ from sparsepass.rowinputs import RowSource, check_rows
 from sparsepass.sites import Findings, find_nested, find_sites
 from sparsepass.types import Rows, TaskClass
 from sparsepass.verify import verify
+from sparsepass.watchplan import watched_graph
 
 log = logging.getLogger("sparsepass")
 
@@ -49,14 +52,19 @@ def backend(
         log.info("%s is set: compiling with plain Inductor", options_module.DISABLE_VARIABLE)
         return dynamo.inductor(gm, example_inputs, patches)
 
+    gm, captured = written_out(gm), gm
     findings = find_sites(gm.graph)
     findings = replace(findings, refused=findings.refused + find_nested(gm))
+    warn_of_sites(settings.policy, [found.site for found in findings.prefill])
     plan = plan_graph(findings, settings)
-    rewritten, slot, inputs = _rewrite(gm, findings, plan)
+    rewritten, slot, inputs, sites = _rewrite(gm, findings, plan)
+    watched = watched_graph(sites, findings, plan, settings) if sites else None
+    if rewritten is gm:
+        rewritten = captured
     examples = [*example_inputs, *inputs.examples]
     compiled = dynamo.inductor(rewritten, examples, patches) if use_inductor else rewritten.forward
     hint_guard = None if plan.registry_key is None else dynamo.install_plan_guard(plan.registry_key)
-    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard, inputs.sources)
+    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard, inputs.sources, watched)
     graph.compile_seconds = time.perf_counter() - started
     record.compiled(graph)
     log.info("%s", graph.summary())
@@ -90,6 +98,7 @@ class CompiledGraph:
         slot: int,
         hint_guard: str | None,
         row_sources: Sequence[RowSource] = (),
+        watched: watch.WatchedGraph | None = None,
     ) -> None:
         self.compiled = compiled
         self.captured = captured
@@ -103,6 +112,8 @@ class CompiledGraph:
         self.key = plan.current.key
         self.rows: Rows | None = None
         """Classes of the rows of the last call with a list of hints."""
+        self.watched = watched
+        """What a monitor is told of this graph, where it samples rows."""
         self._row_sources = tuple(row_sources)
         self._batches = _batch_readers(captured, findings, plan) if plan.registry_key is not None else ()
         self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
@@ -124,9 +135,19 @@ class CompiledGraph:
             self.rows = hint
         if self._wanted() != self.key:
             return self._run_dense(args)
-        if self._row_sources:
-            return self.compiled(*args, *(source.make(hint, args) for source in self._row_sources))
-        return self.compiled(*args)
+        added = [source.make(hint, args) for source in self._row_sources]
+        if self.watched is None:
+            return self.compiled(*args, *added)
+        return self._run_watched((*args, *added), hint)
+
+    def _run_watched(self, args: tuple[Any, ...], hint: TaskClass | Rows) -> Any:
+        """The graph's outputs without the last ones, what its sampled rows kept, which the monitor in force gets."""
+        assert self.watched is not None  # the caller looked
+        outputs = self.compiled(*args)
+        count = len(self.watched.sites)
+        if (watching := watch.current()) is not None:
+            watching.add(self.watched, self.settings.given(), hint, outputs[-count:])
+        return outputs[:-count]
 
     def _run_dense(self, args: tuple[Any, ...]) -> Any:
         if not self._warned:
@@ -162,18 +183,20 @@ class CompiledGraph:
         )
 
 
-def _rewrite(gm: fx.GraphModule, findings: Findings, plan: GraphPlan) -> tuple[fx.GraphModule, int, AddedInputs]:
-    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the first counter slot of its sites, and
-    the inputs that were added."""
+def _rewrite(
+    gm: fx.GraphModule, findings: Findings, plan: GraphPlan
+) -> tuple[fx.GraphModule, int, AddedInputs, tuple[int, ...]]:
+    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the first counter slot of its sites, the
+    inputs that were added, and the sites that sample rows, each of which adds an output at the end."""
     entries = plan.current.entries
     if not any(entry.rewritten for entry in entries):
-        return gm, 0, AddedInputs()
+        return gm, 0, AddedInputs(), ()
     for entry in entries:
         if not entry.budget.dense:
             prepare(budget_text(entry.budget), entry.site.heads, torch.device(entry.site.device))
     slot = counters.reserve(f"{gm.code}{plan.current.key}", len(entries))
     twin, copies = dynamo.clone(gm)
-    rewriter = Rewriter(twin.graph, copies, slot)
+    rewriter = Rewriter(twin.graph, copies, slot, sampled=plan.sampled)
     expected = {found.site.name: value(found.attention.output) for found in findings.sites}
     rewriter.apply(findings.sites, entries)
     verify(gm.graph, twin.graph, rewriter.replaced, expected, [node.name for node in rewriter.rows.values()])
@@ -182,7 +205,8 @@ def _rewrite(gm: fx.GraphModule, findings: Findings, plan: GraphPlan) -> tuple[f
         RowSource(torch.device(given.device), dynamo.size_reader(gm.graph, given.size), given.own)
         for given in rewriter.rows
     ]
-    return twin, slot, AddedInputs(tuple(value(node) for node in rewriter.rows.values()), tuple(sources))
+    added = AddedInputs(tuple(value(node) for node in rewriter.rows.values()), tuple(sources))
+    return twin, slot, added, tuple(rewriter.masses)
 
 
 def _batch_readers(

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sparsepass import dynamo
+from sparsepass import dynamo, watch
 from sparsepass.entries import (
     Settings,
     budget_text,
@@ -49,6 +49,8 @@ class GraphPlan:
     registry_key: str | None
     """Entry of ``plan_keys`` that the graph is guarded on; None where every hint gets the same plan."""
     length_guards: tuple[str, ...] = ()
+    sampled: int = 0
+    """Query rows that each sparse site samples for the monitor in force; 0 without one."""
 
     @property
     def current(self) -> Plan:
@@ -71,7 +73,8 @@ def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
         ]
     )
     plans: dict[TaskClass | Rows, Plan] = {
-        task: Plan(task, shown, tuple(entries), table.key(task)) for task, entries in zip(TASKS, by_class, strict=True)
+        task: Plan(task, shown, tuple(entries), _key(table, task))
+        for task, entries in zip(TASKS, by_class, strict=True)
     }
     wanted = settings.wanted()
     task = alike(wanted) or wanted
@@ -82,8 +85,17 @@ def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
             entry if budget_text(entry.budget) == text else entry_of_text(found, text, MIX_DENSE)
             for found, text, entry in zip(findings.sites, texts, one, strict=True)
         ]
-        plans[task] = Plan(task, shown, tuple(mixed), table.key(task))
-    return GraphPlan(plans, task, _register(table, settings) if table.differs else None, guards)
+        plans[task] = Plan(task, shown, tuple(mixed), _key(table, task))
+    watching = watch.current()
+    sampled = 0 if watching is None else watching.rows
+    return GraphPlan(plans, task, _register(table, settings) if table.differs else None, guards, sampled)
+
+
+def _key(table: MixTable, hint: TaskClass | Rows) -> str:
+    """The key of the plan that a hint means now: a graph that is watched is another one."""
+    key = table.key(hint)
+    watching = watch.current()
+    return key if watching is None or not table.watchable(key) else key + watching.suffix
 
 
 def _alone(
@@ -159,6 +171,5 @@ def _register(table: MixTable, settings: Settings) -> str:
     name = hashlib.sha256(content.encode()).hexdigest()[:12]
     if name not in plan_keys:
         default = settings.task or TaskClass.UNKNOWN
-        key = table.key
-        plan_keys[name] = lambda: key(current_hint() or default)
+        plan_keys[name] = lambda: _key(table, watch.in_force(current_hint() or default))
     return name

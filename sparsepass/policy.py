@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,9 @@ PRIOR = {
 }
 """Task class to (density at 16K tokens, the density it never goes under)."""
 
+RETRIEVAL = (TaskClass.SINGLE_QA, TaskClass.MULTI_QA)
+"""Classes for which The Sparse Frontier found vertical-slash best; for the others, blocks."""
+
 POWERS = tuple(1024 << power for power in range(11))
 """Bucket edges that every policy has, in tokens: 1K to 1M."""
 
@@ -60,13 +63,16 @@ class Policy:
     """Maps (task class, length bucket, layer, head) to a budget. Of the rules that hold, the last one wins.
 
     ``default`` holds where no rule does: ``dense``, or the built-in ``prior``. ``name`` and ``description`` are for
-    people and change no budget, so they are not in the fingerprint. Raises ``PolicyError``.
+    people, ``calibrated`` for warnings: they change no budget, so they are not in the fingerprint. Raises
+    ``PolicyError``.
     """
 
     name: str = "unnamed"
     rules: tuple[Rule, ...] = ()
     default: Literal["dense", "prior"] = "dense"
     description: str = ""
+    calibrated: Mapping[str, Any] | None = None
+    """What it was measured on, if it was (``sparsepass calibrate``): architecture, weights, dtype, methods."""
 
     def __post_init__(self) -> None:
         if self.default not in ("dense", "prior"):
@@ -133,11 +139,26 @@ class Policy:
         """One budget for a site of ``heads`` query heads; densities that differ are in its ``head_densities``."""
         return _site_budget(self, task, bucket, layer, heads)
 
+    def floor(self, task: TaskClass, bucket: LengthBucket, layer: int) -> float | None:
+        """The share of the attention mass that a layer has to keep under a monitor; None where any will do.
+
+        That of the last rule that holds for the layer; rules for some heads alone are passed over. ``bucket`` is one of
+        ``buckets``.
+        """
+        rules = [rule for rule in _covering(self, task, bucket) if rule.heads is None]
+        return next((rule.floor for rule in reversed(rules) if rule.layers is None or layer in rule.layers), None)
+
+    def within(self, span: LengthBucket) -> tuple[LengthBucket, ...]:
+        """The buckets that a range of lengths made of whole buckets consists of."""
+        return tuple(bucket for bucket in self.buckets if bucket.low >= span.low and _under(bucket, span.high))
+
     def to_json(self) -> dict[str, Any]:
         """The content of the policy's file. ``Policy.from_json`` of it is an equal policy."""
         data: dict[str, Any] = {"$schema": SCHEMA_ID, "version": VERSION, "name": self.name}
         if self.description:
             data["description"] = self.description
+        if self.calibrated:
+            data["calibrated"] = dict(self.calibrated)
         return {**data, "default": self.default, "rules": [rule_to_json(rule) for rule in self.rules]}
 
     @staticmethod
@@ -186,6 +207,10 @@ class Policy:
         return DENSE if density >= 1 else Budget("pooled_topk", {"density": density})
 
 
+def _under(bucket: LengthBucket, high: int | None) -> bool:
+    return high is None or (bucket.high is not None and bucket.high <= high)
+
+
 @functools.lru_cache(maxsize=512)
 def _covering(policy: Policy, task: TaskClass, bucket: LengthBucket) -> tuple[Rule, ...]:
     """The rules that hold in a bucket, in some layer and head; cached, since every head of every layer asks."""
@@ -232,13 +257,32 @@ def builtin_policy() -> Policy:
     return Policy(name="prior", default="prior")
 
 
+@functools.cache
+def published_policy() -> Policy:
+    """The methods that The Sparse Frontier (arXiv 2504.17768) found best, at the prior's densities.
+
+    Vertical-slash for retrieval (single_qa, multi_qa), pooled blocks for the other classes, which follow the prior.
+    """
+    rules = []
+    for task in RETRIEVAL:
+        for low, high in zip(POWERS, (*POWERS[1:], None), strict=True):
+            if (density := prior_density(task, low)) < 1:
+                rules.append(Rule(task, Budget("vertical_slash", {"density": density}), above=low, up_to=high))
+    text = "Vertical-slash for retrieval, blocks for the rest (arXiv 2504.17768), at the prior's densities."
+    return Policy(name="published", rules=tuple(rules), default="prior", description=text)
+
+
+NAMED: dict[str, Callable[[], Policy]] = {"prior": builtin_policy, "published": published_policy}
+"""Policies that are named where a file's path is accepted."""
+
+
 @functools.lru_cache(maxsize=64)
 def _load_stamped(path: str, modified_ns: int, size: int) -> Policy:
     return Policy.load(path)
 
 
 def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Policy:
-    """The policy that an option names: a ``Policy``, the path of a file, or ``"prior"``.
+    """The policy that an option names: a ``Policy``, the path of a file, ``"prior"`` or ``"published"``.
 
     ``None``: the file that the environment variable ``SPARSEPASS_POLICY`` names, else the prior. Files are read again
     only when they changed. Raises ``PolicyError``.
@@ -248,14 +292,18 @@ def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Poli
     if given is None:
         given = os.environ.get(POLICY_ENV) or "prior"
     if not isinstance(given, str | os.PathLike):
-        raise PolicyError(f"A policy is {given!r}; accepted are a Policy, the path of a policy file, 'prior' or None.")
+        raise PolicyError(f"A policy is {given!r}; accepted are a Policy, the path of a file, {_names()} or None.")
     path = os.fspath(given)
-    if path == "prior":
-        return builtin_policy()
+    if path in NAMED:
+        return NAMED[path]()
     try:
         stat = os.stat(path)
     except OSError as error:
         raise PolicyError(
-            f"The policy file {path!r} cannot be read ({error.strerror}); give the path of one, or 'prior'."
+            f"The policy file {path!r} cannot be read ({error.strerror}); give the path of one, or {_names()}."
         ) from error
     return _load_stamped(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+
+
+def _names() -> str:
+    return " or ".join(map(repr, NAMED))

@@ -46,6 +46,7 @@ def from_json(data: Any, where: str) -> Policy:
         rules=tuple(_rule(rule, where, f"/rules/{index}") for index, rule in enumerate(data["rules"])),
         default=data.get("default", "dense"),
         description=data.get("description", ""),
+        calibrated=data.get("calibrated"),
     )
     if data.get("fingerprint", policy.fingerprint) != policy.fingerprint:
         raise PolicyError(
@@ -122,6 +123,7 @@ def _rule(data: dict[str, Any], where: str, pointer: str) -> Rule:
             budget=budget,
             above=int(lengths.get("above", 0)),  # JSON Schema's integers include 1024.0
             up_to=int(lengths["up_to"]) if "up_to" in lengths else None,
+            floor=data.get("floor"),
             **ranges,
         )
     except PolicyError as error:

@@ -78,6 +78,9 @@ class Rule:
     up_to: int | None = None
     layers: Ranges | None = None
     heads: Ranges | None = None
+    floor: float | None = None
+    """The share of the attention mass that a layer has to keep, mean over its heads: a monitor raises the hint where it
+    keeps less. ``None``: it may keep any. 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.task is TaskClass.DENSE:
@@ -89,6 +92,14 @@ class Rule:
         method = make_method(self.budget)
         if self.heads is not None and getattr(method, "head_densities", None) is not None:
             raise PolicyError("A rule for some heads has a budget with head_densities; accepted is one of the two.")
+        if self.floor is not None:
+            if isinstance(self.floor, bool) or not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
+                raise PolicyError(f"A rule's floor is {self.floor!r}; accepted is a share of the mass, 0 to 1.")
+            if self.heads is not None:
+                raise PolicyError(
+                    "A rule for some heads has a floor, which is a layer's; put it in a rule without heads."
+                )
+            object.__setattr__(self, "floor", float(self.floor))
         object.__setattr__(self, "budget", method.budget())
 
     def holds_at(self, layer: int, head: int) -> bool:
@@ -107,4 +118,5 @@ def rule_to_json(rule: Rule) -> dict[str, Any]:
     for name in ("layers", "heads"):
         if (ranges := getattr(rule, name)) is not None:
             data[name] = str(ranges)
-    return {**data, "budget": budget_to_json(rule.budget)}
+    floor = {} if rule.floor is None else {"floor": rule.floor}
+    return {**data, "budget": budget_to_json(rule.budget), **floor}

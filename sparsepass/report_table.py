@@ -31,7 +31,7 @@ SHORT = {
     Outcome.REFUSED: "not matched",
     Outcome.DECODE: "decode",
 }
-_ASCII = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+ASCII_HEAD = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """A line under the head and nothing else, as ``box.SIMPLE_HEAD``, for logs that are not UTF-8."""
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
@@ -86,7 +86,9 @@ def _graph(graph: GraphReport, *, verbose: bool, ascii_only: bool) -> list[Rende
 
 
 def _sites(groups: Sequence[tuple[SiteReport, ...]], *, ascii_only: bool) -> Table:
-    table = Table(box=_ASCII if ascii_only else box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        box=ASCII_HEAD if ascii_only else box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False
+    )
     table.add_column("Sites", overflow="fold", min_width=5)
     table.add_column("Attention", overflow="fold", min_width=21)
     table.add_column("Mask", overflow="fold", min_width=10, max_width=16)

@@ -9,20 +9,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsepass.canon import value
+from sparsepass.canon import Made, Operand, nodes_of, value
 from sparsepass.entries import budget_text, by_row
 from sparsepass.hints import parse_hint_text
-from sparsepass.mask import MaskTerms
-from sparsepass.match import Attention, same_size, shape
-from sparsepass.ops import SPARSE_ATTENTION, default_scale
+from sparsepass.mask import MaskTerms, is_bool
+from sparsepass.mask_mutation import mutated_nodes
+from sparsepass.match import Attention, Term, same_size, shape
+from sparsepass.ops import SPARSE_ATTENTION, WATCHED_ATTENTION, default_scale
 from sparsepass.sites import FoundSite
-from sparsepass.types import Align, PlanEntry, Rows
+from sparsepass.types import EXACT, Align, PlanEntry, Rows
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,22 @@ class Rewriter:
     nodes: dict[fx.Node, fx.Node]
     """From the nodes that the findings speak of to the nodes of this graph."""
     slot: int
+    sampled: int = 0
+    """Query rows whose kept attention mass is measured at each sparse site; 0: nothing is measured."""
+    masses: dict[int, fx.Node] = field(default_factory=dict)
+    """What those rows kept, by the site's index: further outputs of the graph."""
     replaced: dict[str, fx.Node] = field(default_factory=dict)
     """New node by the site's name."""
     rows: dict[RowsInput, fx.Node] = field(default_factory=dict)
     """The inputs added for mixed batches, in the order in which they follow the graph's own."""
     _segments: dict[tuple[object, ...], tuple[fx.Node | None, fx.Node]] = field(default_factory=dict)
+    _made: dict[Made, fx.Node] = field(default_factory=dict)
+    _terms: dict[tuple[object, ...], fx.Node] = field(default_factory=dict)
+
+    @cached_property
+    def _written(self) -> dict[fx.Node, fx.Node]:
+        """Nodes of the captured graph that are written to: what is made of them holds at one place only."""
+        return mutated_nodes(next(iter(self.nodes)).graph)
 
     def apply(self, sites: Sequence[FoundSite], entries: Sequence[PlanEntry]) -> None:
         for found, entry in zip(sites, entries, strict=True):
@@ -58,11 +71,16 @@ class Rewriter:
             old = self.nodes[found.attention.output]
             with self.graph.inserting_before(old):
                 new = self._dense(found) if entry.budget.dense else self._sparse(found, entry)
+                for target, *rest in found.attention.restore:
+                    new = self._call(target, new, *(self._node(one) for one in rest))
             new.meta = {**old.meta, "example_value": value(new)}
             old.replace_all_uses_with(new)
             self.graph.erase_node(old)
             self.nodes[found.attention.output] = new  # a later site may read it
             self.replaced[found.site.name] = new
+        if self.masses:
+            output = next(iter(reversed(self.graph.nodes)))
+            output.args = ((*output.args[0], *self.masses.values()),)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call (of a function, or of a method where ``target`` is a name) and record what it yields."""
@@ -75,14 +93,25 @@ class Rewriter:
             node.meta["example_value"] = target(*values[0], **values[1])
         return node
 
+    def _node(self, operand: Operand) -> Any:
+        """The node of this graph that holds an operand; what is to be made is added, once for all sites."""
+        if isinstance(operand, tuple | list):
+            return type(operand)(self._node(part) for part in operand)
+        if not isinstance(operand, Made):
+            return self.nodes[operand] if isinstance(operand, fx.Node) else operand
+        if operand in self._made:
+            return self._made[operand]
+        args = [self._node(one) for one in operand.args]
+        node = self._call(operand.target, *args, **{name: self._node(one) for name, one in operand.kwargs.items()})
+        if not any(source in self._written for source in nodes_of(operand)):
+            self._made[operand] = node
+        return node
+
     def _operands(self, attention: Attention) -> list[fx.Node]:
         """Query, key and value in the type of the output: under autocast they can differ, and SDPA promotes."""
         dtype = value(attention.output).dtype
-        given = (attention.query, attention.key, attention.value)
-        return [
-            self.nodes[node] if value(node).dtype == dtype else self._call("to", self.nodes[node], dtype)
-            for node in given
-        ]
+        nodes = [(self._node(operand), value(operand).dtype) for operand in attention.operands]
+        return [node if held == dtype else self._call("to", node, dtype) for node, held in nodes]
 
     def _scale(self, attention: Attention) -> Any:
         if attention.scale is None:
@@ -119,7 +148,49 @@ class Rewriter:
             self.slot + found.site.index,
             self._rows_input(found) if by_row(entry.budget) else None,
         )
-        return self._call(SPARSE_ATTENTION, *arguments)
+        scores = self._scores(found.attention, terms)
+        if not self.sampled or entry.budget == EXACT:
+            return self._call(SPARSE_ATTENTION, *arguments, **scores)
+        both = self._call(WATCHED_ATTENTION, *arguments, **scores, sampled=self.sampled)
+        self.masses[found.site.index] = self._call(operator.getitem, both, 1)
+        return self._call(operator.getitem, both, 0)
+
+    def _scores(self, attention: Attention, terms: MaskTerms) -> dict[str, Any]:
+        """What happens to the scores besides the recognized mask, as arguments of the op."""
+        given: dict[str, Any] = {}
+        if attention.softcap is not None:
+            given["softcap"] = float(attention.softcap)
+        if attention.sinks is not None:
+            given["sinks"] = self._node(attention.sinks)
+        for name, wanted, join in (("mask", True, torch.logical_and), ("bias", False, torch.add)):
+            parts = [term for term in terms.whole if is_bool(term.operand) == wanted]
+            if parts:
+                given[name] = self._joined(parts, join)
+        return given
+
+    def _joined(self, parts: list[Term], join: Any) -> fx.Node:
+        """All parts as one tensor of four dimensions, made once for the layers that share them."""
+        key = tuple((term.operand, term.sign) for term in parts)
+        if key in self._terms:
+            return self._terms[key]
+        joined: fx.Node | None = None
+        for term in parts:
+            one = self._part(term)
+            joined = one if joined is None else self._call(join, joined, one)
+        assert joined is not None  # there is a part
+        if not any(node in self._written for term in parts for node in nodes_of(term.operand)):
+            self._terms[key] = joined
+        return joined
+
+    def _part(self, term: Term) -> fx.Node:
+        node: fx.Node = self._node(term.operand)
+        for _ in range(4 - value(node).dim()):
+            node = self._call("unsqueeze", node, 0)
+        if is_bool(term.operand):
+            return node if term.sign > 0 else self._call("logical_not", node)
+        if not value(node).is_floating_point():
+            node = self._call("to", node, torch.float32)
+        return node if term.sign == 1.0 else self._call(torch.mul, node, term.sign)
 
     def _rows_input(self, found: FoundSite) -> fx.Node:
         """The input of a mixed site's class numbers: one per device and size, shared by the layers."""
@@ -152,11 +223,15 @@ class Rewriter:
         return self._segments[key]
 
     def _build_segments(
-        self, terms: MaskTerms, batch: Any, kv_len: tuple[fx.Node, Any]
+        self, terms: MaskTerms, batch: Any, kv_len: tuple[Operand, Any]
     ) -> tuple[fx.Node | None, fx.Node]:
         numbers = None
         if terms.segments is not None:
-            numbers = self._call("expand", self._call("to", self.nodes[terms.segments], torch.int32), batch, -1)
+            ids = self.nodes[terms.segments]
+            sizes = shape(terms.segments)
+            if len(sizes) != 2:
+                ids = self._call("reshape", ids, (-1, self._size(terms.segments, len(sizes) - 1)))
+            numbers = self._call("expand", self._call("to", ids, torch.int32), batch, -1)
         visible = None
         for node in terms.padding:
             rows = self._call("to", self._rows(node, kv_len), torch.bool)
@@ -165,11 +240,11 @@ class Rewriter:
             assert numbers is not None  # one of the two is there
             return numbers, numbers
         if numbers is not None:
-            return numbers, self._call(torch.where, visible, numbers, -1)
+            return numbers, self._call("masked_fill", numbers, self._call("logical_not", visible), -1)
         ids = self._call(torch.sub, self._call("to", visible, torch.int32), 1)
         return None, self._call("expand", ids, batch, -1)
 
-    def _rows(self, node: fx.Node, kv_len: tuple[fx.Node, Any]) -> fx.Node:
+    def _rows(self, node: fx.Node, kv_len: tuple[Operand, Any]) -> fx.Node:
         """A padding node as [B or 1, Skv]: it may have dimensions of size 1 besides, and be longer than the keys."""
         sizes = shape(node)
         width = self._size(node, len(sizes) - 1)
@@ -179,6 +254,6 @@ class Rewriter:
             return rows
         return self._call(operator.getitem, rows, (slice(None), slice(None, self._size(key, 2))))
 
-    def _size(self, node: fx.Node, axis: int) -> Any:
+    def _size(self, node: Operand, axis: int) -> Any:
         size = shape(node)[axis]
-        return size if isinstance(size, int) else self._call("size", self.nodes[node], axis)
+        return size if isinstance(size, int) else self._call("size", self._node(node), axis)

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, value
+from sparsepass.canon import CanonicalGraph, nodes_of, value
 from sparsepass.hints import NODE_KEY
-from sparsepass.mask import MaskTerms, recognize_mask
-from sparsepass.match import Attention, NearMiss, Pattern, shape
-from sparsepass.patterns.catalogue import CATALOGUE
-from sparsepass.types import CAUSAL, FULL, AttentionSite, MaskSummary, Phase, Skip
+from sparsepass.made import Maker
+from sparsepass.mask import MaskTerms, recognize_masks
+from sparsepass.mask_mutation import touched_by
+from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
+from sparsepass.patterns.catalogue import every_pattern
+from sparsepass.patterns.products import is_product
+from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
+
+FEWEST_KEYS = 16
+"""Attention over fewer is left alone: there is no block to leave out."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +54,33 @@ class Findings:
         return tuple(found for found in self.sites if found.site.phase is Phase.PREFILL)
 
 
-def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] = CATALOGUE) -> Findings:
-    """Match every anchor of ``graph`` against the catalogue. Linear in the graph; nothing is mutated or guarded."""
-    view = CanonicalGraph(graph)
+def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) -> Findings:
+    """Match every anchor of ``graph`` against the patterns. Linear in the graph; nothing is mutated or guarded."""
+    catalogue = every_pattern() if catalogue is None else catalogue
+    view, maker = CanonicalGraph(graph), Maker()
     masks: dict[tuple[object, ...], MaskTerms | Skip] = {}
-    sites: list[FoundSite] = []
+    matched: list[Attention] = []
     refused: list[Skip] = []
     for node in graph.nodes:
         candidates = [pattern for pattern in catalogue if pattern.anchor == view.ops[node].name]
         if not candidates:
             continue
-        outcome = _first_match(candidates, view, node)
-        if isinstance(outcome, Attention) and (write := view.write_inside(outcome.region)) is not None:
+        outcome = _first_match(candidates, view, node, maker)
+        if isinstance(outcome, Attention) and (write := _write_inside(view, outcome)) is not None:
             outcome = Skip(f"{write.name!r} writes to memory in the middle of this attention", (write.name,))
+        if isinstance(outcome, Attention) and (few := _too_few(outcome)) is not None:
+            outcome = few
         if isinstance(outcome, Attention):
-            sites.append(_describe(len(sites), outcome, masks))
-        elif _looks_like_attention(view, node):
+            matched.append(outcome)
+        elif isinstance(outcome, Skip) or _looks_like_attention(view, node):
             refused.append(Skip(str(outcome.reason), (node.name, *outcome.nodes)))
+    matched.sort(key=lambda attention: view.order[attention.output])  # what is made for one serves those after it
+    sites = [_describe(index, attention, masks, view) for index, attention in enumerate(matched)]
     return Findings(tuple(sites), tuple(refused), view)
 
 
 def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
-    """Attention inside the sub-graphs of higher-order operations (checkpointing, say): found, not rewritten."""
+    """Attention that one node hides, which is not written out (see ``inline``): found, not rewritten."""
     skips = []
     for name, child in gm.named_modules():
         if isinstance(child, fx.GraphModule) and child is not gm:
@@ -79,10 +90,44 @@ def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
     return tuple(skips)
 
 
-def _first_match(candidates: list[Pattern], view: CanonicalGraph, node: fx.Node) -> Attention | Skip | NearMiss:
+def _too_few(attention: Attention) -> Skip | None:
+    """Attention over layers, streams or experts is none over tokens. A decode step may have few tokens all the same."""
+    rows, keys = shape(attention.query)[2], shape(attention.key)[2]
+    if not isinstance(keys, int) or keys >= FEWEST_KEYS or (isinstance(rows, int) and rows == 1):
+        return None
+    name = attention.output.name
+    return Skip(
+        f"{name!r} attends to {keys} entries, too few to be tokens (layers, streams, patches of one window)", (name,)
+    )
+
+
+def _write_inside(view: CanonicalGraph, attention: Attention) -> fx.Node | None:
+    """A write that the replacement would see and the attention does not, or the other way around.
+
+    The replacement reads its operands where the last node of the region stands. Writes to the region's own memory that
+    are read as operations of it end with it.
+    """
+    region = attention.region
+    places = [view.order[node] for node in region]
+    terms = (*attention.operands, attention.sinks, *(term.operand for term in attention.masks))
+    operands = set(nodes_of(terms))
+    for write in view.writes_between(min(places), max(places)):
+        if write in region and write in view.read_writes:
+            continue
+        touched = touched_by(write)
+        if any(
+            node in touched and (node in region or view.order[node] < view.order[write]) for node in operands | region
+        ):
+            return write
+    return None
+
+
+def _first_match(
+    candidates: list[Pattern], view: CanonicalGraph, node: fx.Node, maker: Maker
+) -> Attention | Skip | NearMiss:
     nearest: Skip | NearMiss | None = None
     for pattern in candidates:
-        outcome = pattern.find(view, node)
+        outcome = pattern.find(view, node, maker)
         if isinstance(outcome, Attention):
             return outcome
         further = isinstance(outcome, NearMiss) and isinstance(nearest, NearMiss) and outcome.matched > nearest.matched
@@ -93,29 +138,36 @@ def _first_match(candidates: list[Pattern], view: CanonicalGraph, node: fx.Node)
 
 
 def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
-    """Softmax over logits (a sampler, a router) is no attention: scores are a product of two activations.
-
-    Follows the softmax's input a few steps up to a product of tensors of three dimensions or more.
-    """
+    """Softmax over logits (a sampler, a router) is no attention: its scores are a product of two activations, or its
+    probabilities are multiplied with values. Tensors of three dimensions or more, at least as many keys as tokens."""
     if view.ops[node].name != "softmax":
         return True
-    reached = [node]
+    sizes = shape(node)
+    if len(sizes) < 3 or (isinstance(sizes[-1], int) and sizes[-1] < FEWEST_KEYS):
+        return False
+    above = [view.resolve(one) for one in view.ops[node].operands]
     for _ in range(6):
-        reached = [
-            source
-            for current in reached
-            for operand in view.ops[current].operands
-            if isinstance(source := view.resolve(operand), fx.Node)
-        ]
-        if any(view.ops[n].name == "matmul" and all(len(shape(o)) >= 3 for o in view.ops[n].operands) for n in reached):
+        nodes = [one for one in above if isinstance(one, fx.Node)]
+        if any(is_product(view, one) for one in nodes):
+            return True
+        above = [view.resolve(operand) for one in nodes for operand in view.ops[one].operands]
+    below = [node]
+    for _ in range(6):
+        below = [user for one in below for user in view.users(one) if len(shape(user)) >= 3][:8]
+        if any(is_product(view, one) for one in below):
             return True
     return False
 
 
-def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip]) -> FoundSite:
+def _describe(
+    index: int,
+    attention: Attention,
+    masks: dict[tuple[object, ...], MaskTerms | Skip],
+    view: CanonicalGraph,
+) -> FoundSite:
     query, key, values = shape(attention.query), shape(attention.key), shape(attention.value)
     q_len, kv_len = query[2], key[2]
-    terms = _mask_terms(attention, q_len, kv_len, masks)
+    terms = _mask_terms(attention, masks, view)
     held = value(attention.output)
     summary: MaskSummary | None = None
     if isinstance(terms, MaskTerms):
@@ -143,21 +195,49 @@ def _describe(index: int, attention: Attention, masks: dict[tuple[object, ...], 
 
 
 def _mask_terms(
-    attention: Attention,
-    q_len: int | torch.SymInt,
-    kv_len: int | torch.SymInt,
-    masks: dict[tuple[object, ...], MaskTerms | Skip],
+    attention: Attention, masks: dict[tuple[object, ...], MaskTerms | Skip], view: CanonicalGraph
 ) -> MaskTerms | Skip:
-    if attention.mask is None:
-        return MaskTerms(CAUSAL if attention.is_causal else FULL)
-    if attention.is_causal:
-        return Skip("this attention has both a mask and is_causal=True", (attention.output.name,))
-    if not isinstance(attention.mask, fx.Node):
-        return Skip("the mask of this attention is a constant", (attention.output.name,))
-    key = (attention.mask, str(q_len), str(kv_len))  # one mask serves every layer: recognized once
+    """What the masks of a site are. Layers share masks: each combination is recognized once."""
+    sizes = (*shape(attention.query)[:3], shape(attention.key)[2])
+    whole = tuple(map(str, sizes))
+    key = (*((term.operand, term.sign) for term in attention.masks), attention.is_causal, whole)
     if key not in masks:
-        masks[key] = recognize_mask(attention.mask, q_len=q_len, kv_len=kv_len)
-    return masks[key]
+        masks[key] = recognize_masks(
+            attention.masks, q_len=sizes[2], kv_len=sizes[3], is_causal=attention.is_causal, split=True
+        )
+    terms = masks[key]
+    if isinstance(terms, MaskTerms):
+        given = {term.operand for term in attention.masks}
+        for term in terms.whole:
+            if (reason := _misfit(term, sizes)) is not None:
+                return Skip(reason, (term.operand.name,))
+            if term.operand not in given and (write := _write_after(view, term, attention.output)) is not None:
+                reason = f"a part of the mask, {term.operand.name!r}, is changed by {write.name!r} before its attention"
+                return Skip(reason, (term.operand.name, write.name))
+    return terms
+
+
+def _write_after(view: CanonicalGraph, term: Term, output: fx.Node) -> fx.Node | None:
+    """A write to what a term is made of, after it is computed."""
+    for node in nodes_of(term.operand):
+        for write in view.writes_between(view.order[node], view.order[output]):
+            if node in touched_by(write):
+                return write
+    return None
+
+
+def _misfit(term: Term, sizes: tuple[int | torch.SymInt, ...]) -> str | None:
+    """Why a tensor that is read as a whole cannot be: it has to be of full size or 1 in every dimension."""
+    held = value(term.operand)
+    name = term.operand.name
+    if not isinstance(held, torch.Tensor) or held.dim() > 4:
+        return f"the mask {name!r} is not a tensor of at most four dimensions"
+    pairs = zip(reversed(held.shape), reversed(sizes), strict=False)
+    if all(same_size(have, 1) or same_size(have, want) for have, want in pairs):
+        return None
+    return (
+        f"the mask {name!r} is {list(held.shape)}; for scores of {list(sizes)} it is not known to be of that size or 1"
+    )
 
 
 def _size(size: int | torch.SymInt) -> int | str:

@@ -139,6 +139,10 @@ class MaskSummary:
     band: Band = FULL
     padding: bool = False
     packed: bool = False
+    tensor: bool = False
+    """A boolean tensor is read besides: a mask that is not understood, or not in every term."""
+    bias: bool = False
+    """Numbers are added to the scores."""
 
     def __str__(self) -> str:
         parts = [str(self.band)]
@@ -146,6 +150,10 @@ class MaskSummary:
             parts.append("padding")
         if self.packed:
             parts.append("packed")
+        if self.tensor:
+            parts.append("tensor")
+        if self.bias:
+            parts.append("bias")
         return " + ".join(parts)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sparsepass.mask import MaskTerms, recognize_mask
+from sparsepass.match import HIDES
 from sparsepass.types import UNBOUNDED, Align, Skip
 
 
@@ -27,17 +28,17 @@ def rebuild(terms: MaskTerms, values: dict[fx.Node, torch.Tensor], q_len: int, k
         visible = visible & values[node].reshape(-1, values[node].shape[-1])[:, None, None, :kv_len]
     if terms.segments is not None:
         ids = values[terms.segments]
-        assert ids.dim() == 2
+        ids = ids.reshape(-1, ids.shape[-1])
         visible = visible & (ids[:, None, :, None] == ids[:, None, None, :])
     return visible
 
 
 def visible_keys(mask: torch.Tensor) -> torch.Tensor:
-    """Where a boolean or additive mask lets a key through; an additive one must be 0 or as low as its dtype goes."""
+    """Where a boolean or additive mask lets a key through; an additive one must be 0 or so low that it hides."""
     if mask.dtype is torch.bool:
         return mask
     shown = mask == 0
-    assert bool((shown | (mask <= torch.finfo(mask.dtype).min)).all())
+    assert bool((shown | (mask <= HIDES)).all())
     return shown
 
 

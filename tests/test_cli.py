@@ -14,7 +14,7 @@ import sparsepass
 from sparsepass.cli import Attention, app
 from sparsepass.errors import SparsepassError
 from sparsepass.models import ModelError, ModelShape, build_random_model, random_inputs
-from sparsepass.policy import Policy, builtin_policy
+from sparsepass.policy import Policy, builtin_policy, resolve_policy
 from sparsepass.report import GraphReport, Report
 from sparsepass.types import Skip, TaskClass
 
@@ -136,19 +136,31 @@ def test_policy_show_lists_every_bucket_and_class() -> None:
     assert len(rows) == len(builtin_policy().buckets)
 
 
-def test_exported_rules_give_the_budgets_of_the_prior(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["prior", "published"])
+def test_exported_rules_give_the_budgets_of_the_policy(tmp_path: Path, name: str) -> None:
     file = tmp_path / "policy.json"
-    assert runner.invoke(app, ["policy", "export", str(file)]).exit_code == 0
-    read, prior = Policy.load(file), builtin_policy()
+    assert runner.invoke(app, ["policy", "export", str(file), "--policy", name]).exit_code == 0
+    read, prior = Policy.load(file), resolve_policy(name)
     for bucket in prior.buckets:
         for task in TaskClass:
             assert str(read.budget(task, bucket)) == str(prior.budget(task, bucket))
     assert "is valid" in runner.invoke(app, ["policy", "check", str(file)]).output
-    again = runner.invoke(app, ["policy", "export", str(file)])
+    again = runner.invoke(app, ["policy", "export", str(file), "--policy", name])
     assert again.exit_code == 2
     assert "--force" in again.output
-    assert runner.invoke(app, ["policy", "export", str(file), "--force", "--short"]).exit_code == 0
+    assert runner.invoke(app, ["policy", "export", str(file), "--policy", name, "--force", "--short"]).exit_code == 0
     assert Policy.load(file).fingerprint == prior.fingerprint
+
+
+def test_policy_show_of_a_built_in_policy_by_name(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["policy", "show", "published", "--json"])
+    (row,) = (row for row in json.loads(result.stdout)["buckets"] if row["low"] == 16384)
+    assert row["single_qa"] == {"method": "vertical_slash", "density": 0.1}
+    assert row["multi_hop"]["method"] == "pooled_topk"
+    assert "vertical_slash" in runner.invoke(app, ["policy", "show", "published"]).output
+    result = runner.invoke(app, ["policy", "export", str(tmp_path / "p.json"), "--policy", "pior"])
+    assert result.exit_code == 2
+    assert "'prior', 'published'" in result.output
 
 
 def test_policy_check_of_a_bad_file_exits_with_2(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from sparsepass.cli import app
 from sparsepass.coverage.architectures import Kind, architectures
 from sparsepass.coverage.count import AttentionCounter
+from sparsepass.coverage.hidden import HiddenRowsGiveZero
 from sparsepass.coverage.inputs import Call, Phase, phases_of
 from sparsepass.coverage.measure import measure
 from sparsepass.coverage.own import checkpoint_kind, own_model
 from sparsepass.coverage.progress import Progress
-from sparsepass.coverage.reasons import NOT_SEEN, NOTHING_LEFT_OUT, general
+from sparsepass.coverage.reasons import CAPTURED_OTHERWISE, HIDDEN_ROWS, NOTHING_LEFT_OUT, general
 from sparsepass.coverage.run import BEGIN, END, SAMPLE, CoverageOptions, tasks
 from sparsepass.coverage.store import Sweep, merged
 from sparsepass.coverage.tables import markdown, text
@@ -109,7 +110,8 @@ def test_few_blocks_are_not_taken_for_rewritten() -> None:
 def test_scores_across_a_graph_break_are_not_lost() -> None:
     record = own("break")
     assert (record["sites"], record["rewritten"]) == (1, 0)
-    assert record["reasons"] == {NOT_SEEN: 1}
+    (reason,) = record["reasons"]
+    assert "computed in another graph" in reason
 
 
 def test_no_attention_is_no_site() -> None:
@@ -130,6 +132,60 @@ def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     record = own("sdpa")
     assert not record["equal"]
     assert record["difference"] > 1e-3
+
+
+def test_rows_that_see_nothing_are_excepted() -> None:
+    """A model that lets padding reach real rows: equal once eager's hidden rows give zero too, and it says so."""
+
+    class Patches(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            scores = x @ x.mT * 0.25 + mask
+            out = (scores.softmax(-1) @ x)[:, 0]
+            return out + out[:, :1]
+
+    x = torch.randn(1, 1, LENGTH, 16, generator=torch.Generator().manual_seed(0))
+    real = torch.arange(LENGTH)[None] >= 100
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & real[:, None, None]
+    mask = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(~seen, torch.finfo(torch.float32).min)
+    found = measure(Patches(), Call(lambda: ((x, mask), {}), real))
+    if found["rewritten"]:  # a mask of any values, read block by block
+        assert found["note"] == HIDDEN_ROWS
+    assert found["equal"], found
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_model_that_is_another_when_traced_is_compared_with_its_trace(
+    monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            causal = torch.compiler.is_compiling()
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=causal)
+
+    if wrong:  # neither the model nor its trace: it must be said
+        monkeypatch.setattr("sparsepass.rewrite.Rewriter._scale", lambda self, attention: 3.0)
+    x = torch.randn(1, 2, LENGTH, 16, generator=torch.Generator().manual_seed(0))
+    found = measure(Two(), Call(lambda: ((x,), {}), None))
+    assert found["equal"] is not wrong
+    assert ("note" not in found) is wrong
+    assert wrong or found["note"] == CAPTURED_OTHERWISE
+
+
+def test_hidden_rows_give_zero_however_attention_is_called() -> None:
+    x = torch.randn(1, 2, 64, 16)
+    seen = torch.ones(64, 64, dtype=torch.bool).tril()
+    seen[:10] = False
+    added = torch.zeros(64, 64).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with HiddenRowsGiveZero():
+        found = [
+            F.scaled_dot_product_attention(x, x, x, attn_mask=seen),
+            F.scaled_dot_product_attention(x, x, x, added),
+            (x @ x.mT / 4 + added).softmax(-1) @ x,
+            torch.softmax((x @ x.mT / 4).masked_fill(~seen, -torch.inf), dim=-1) @ x,
+        ]
+    for one in found:
+        assert not one[:, :, :10].any()
+        torch.testing.assert_close(one, found[0])
 
 
 def test_reasons_are_the_same_for_every_model() -> None:
@@ -175,6 +231,7 @@ def test_tables_count_and_list() -> None:
     assert "why \\| not" in table
     assert "| c (decoder, sdpa, prefill) | 5.0e-01 |" in table
     assert "did not build" in table
+    assert "give zero: a." in markdown([record("a", note=HIDDEN_ROWS)], Sweep({}, {"length": LENGTH}))
     assert "no sdpa" not in table
     assert "1 models DIFFER" in text(records)
 

@@ -33,9 +33,13 @@ SMALL = {
     "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
     "mixed_batch": ["--length", "1100", "--always-sparse"],
     "own_kernel_test": ["--length", "40", "--device", "cpu"],
+    "match_time": ["--layers", "2", "--length", "300", "--no-inductor"],
+    "own_models": ["--length", "1100"],
+    "own_pattern": ["--length", "300"],
     "own_policy": ["--length", "1100", "--always-sparse"],
     "quickstart": ["--length", "1100", "--always-sparse", "--new-tokens", "2"],
     "serving_hints": ["--length", "1100", "--always-sparse"],
+    "watch_hints": ["--length", "2100", "--always-sparse", "--floor", "0.99"],
 }
 EXPECTED = {
     "answers": ["Right answers by task and hint, 256 tokens", "multi_hop under multi_hop:", "Picture: answers.png"],
@@ -48,9 +52,18 @@ EXPECTED = {
         "WRONG. forgets_the_diagonal, case 'plain': largest error",
         "To replay: sparsepass.testing.check_case(forgets_the_diagonal, Case(",
     ],
+    "match_time": ["sdpa: ", "eager: ", "matching, planning and rewriting"],
+    "own_models": [
+        "nanoGPT: sparse, mask full + tensor",
+        "einops: sparse, mask causal",
+        "nn.MultiheadAttention: sparse, mask causal",
+        "returns probabilities: not matched: 'att', inside the attention, is returned to the caller",
+    ],
+    "own_pattern": ["Without the entry point: the scores are multiplied by"],
     "own_policy": ["at /rules/0/budget", "Did you mean 'density'", "1x pooled_topk(density=0.14)"],
     "quickstart": ["2 sparse (density", "2x pooled_topk(density=0.4)", "2 new tokens"],
     "serving_hints": ["threads: 6 requests", "asyncio: 6 requests", "that of its own hint: True"],
+    "watch_hints": ["request 5: logits differ", "After call 1: single_qa runs", "single_qa now runs as: dense"],
 }
 
 

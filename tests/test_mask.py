@@ -56,7 +56,7 @@ def through_a_view(pad: torch.Tensor) -> torch.Tensor:
 
 
 REFUSED: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
-    (lambda pad: float_causal(pad, -10000.0), "-10000"),
+    (lambda pad: float_causal(pad, -1000.0), "-1000"),
     (lambda pad: float_causal(pad, float("nan")), "nan"),
     (lambda pad: torch.zeros(1, 1, LENGTH, LENGTH) + pad.float()[:, None, None, :], "bias with values of its own"),
     (lambda pad: (1.0 - pad.float()[:, None, None, :]) * torch.finfo(torch.float32).min, "bias with values of its own"),

@@ -21,6 +21,7 @@ from sparsepass.policy import (
     Policy,
     builtin_policy,
     prior_density,
+    published_policy,
     resolve_policy,
 )
 from sparsepass.policy_file import schema
@@ -75,6 +76,23 @@ def test_prior_never_asks_for_less_of_a_harder_class_or_more_of_a_longer_request
         densities = [prior_density(task, longer) for task in HINTED]
         assert densities == sorted(densities)
         assert all(prior_density(task, shorter) >= prior_density(task, longer) for task in HINTED)
+
+
+def test_published_policy_has_a_method_per_task_class() -> None:
+    """Vertical-slash for retrieval, blocks for the rest; densities, and what is dense, as in the prior."""
+    policy, prior = published_policy(), builtin_policy()
+    assert policy.buckets == prior.buckets
+    for bucket, task in itertools.product(prior.buckets, TaskClass):
+        found, known = policy.budget(task, bucket), prior.budget(task, bucket)
+        if task in ("single_qa", "multi_qa") and not known.dense:
+            assert found == Budget("vertical_slash", dict(known.params))
+        else:
+            assert found == known
+    bucket = policy.bucket(32 * K)
+    assert policy.site_budget(TaskClass.SINGLE_QA, bucket, 3, 32).method == "vertical_slash"
+    assert policy.site_budget(TaskClass.AGGREGATION, bucket, 3, 32).method == "pooled_topk"
+    assert Policy.from_json(policy.to_json()) == policy
+    assert policy.fingerprint != prior.fingerprint
 
 
 # Buckets
@@ -373,6 +391,7 @@ def test_any_json_is_read_or_refused_with_a_policy_error(data: Any) -> None:
 def test_resolve_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(POLICY_ENV, raising=False)
     assert resolve_policy() == resolve_policy("prior") == builtin_policy()
+    assert resolve_policy("published") == published_policy()
     assert resolve_policy(RULES) is RULES
     path = tmp_path / "policy.json"
     RULES.save(path)

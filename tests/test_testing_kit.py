@@ -16,6 +16,7 @@ from sparsepass import testing
 from sparsepass.errors import KernelInputError
 from sparsepass.functional import from_block_mask, sparse_attention
 from sparsepass.kernels.cpu import block_sparse_attention_cpu
+from sparsepass.kernels.dispatch import Scores
 from sparsepass.testing import Case, cases, check_attention, check_case, corner_cases, poisoned_empty
 from tests.faulty_kernel import FAULTS, tiled
 
@@ -135,10 +136,12 @@ def test_a_kernel_of_block_masks() -> None:
 
 
 def test_refusals() -> None:
-    def odd(q: Tensor, k: Tensor, v: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, *, softcap: float) -> Tensor:
+    def odd(
+        q: Tensor, k: Tensor, v: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, *, temperature: float
+    ) -> Tensor:
         return q
 
-    with pytest.raises(KernelInputError, match="needs softcap, which the checks do not give"):
+    with pytest.raises(KernelInputError, match="needs temperature, which the checks do not give"):
         check_attention(odd)
     with pytest.raises(KernelInputError, match="takes 1 positional arguments"):
         check_attention(lambda q: q)
@@ -226,3 +229,19 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(testing, name) is not None for name in testing.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = testing.nothing
+
+
+def test_terms_that_a_kernel_takes_are_tried() -> None:
+    def capped(q: Tensor, k: Tensor, v: Tensor, num: Tensor, lists: Tensor, *, softcap: Any = None, **mask: Any) -> Any:
+        return block_sparse_attention_cpu(q, k, v, num, lists, **mask, scores=Scores(softcap=softcap))
+
+    checked = check_attention(capped, **SMALL, examples=5)
+    assert "scores: softcap" in checked.corners
+
+    def forgets(
+        q: Tensor, k: Tensor, v: Tensor, num: Tensor, lists: Tensor, *, softcap: Any = None, **mask: Any
+    ) -> Any:
+        return block_sparse_attention_cpu(q, k, v, num, lists, **mask)
+
+    with pytest.raises(AssertionError, match="scores: softcap"):
+        check_attention(forgets, **SMALL, examples=5)

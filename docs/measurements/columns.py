@@ -66,7 +66,12 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        return run  # it holds the tensors that the graph writes to
+
+    return replay
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

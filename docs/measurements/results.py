@@ -154,6 +154,7 @@ def given_lists(content: dict[str, Any]) -> list[str]:
             f"{record.get('head_dim', 128)}, {record.get('dtype', 'bf16')}"
         )
         density = f"{record['density']:.2f}" + (", uneven" if record.get("uneven") else "")
+        density += f", blocks {record['kv_block']} wide" if "kv_block" in record else ""
         own = record["hopper"]["median_ms"]
         cells = [
             f"{seconds(r['median_ms'] / 1e3)}, {r['tflops']:.0f} TF/s" if (r := found.get(n)) else "" for n in names

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 SHORTEST = 48
 """Fewer keys than this are no tokens: layers, experts, streams."""
 
-_SOFTMAX = {"softmax", "_softmax", "softmax_", "logsumexp", "_safe_softmax", "softmax_int"}
-_SDPA = "scaled_dot_product_attention"
+SOFTMAX = {"softmax", "_softmax", "softmax_", "logsumexp", "_safe_softmax", "softmax_int"}
+SDPA = "scaled_dot_product_attention"
 _COMPOSITE = "multi_head_attention_forward"
 _NATIVE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
 
@@ -40,12 +40,12 @@ class AttentionCounter(TorchFunctionMode):
     ) -> Any:
         given = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == _SDPA:
+        if name == SDPA:
             query = args[0] if args else given["query"]
             key = args[1] if len(args) > 1 else given["key"]
             if key.shape[-2] >= SHORTEST:
                 self._add("sdpa", query.shape[-2], key.shape[-2])
-        elif name in _SOFTMAX:
+        elif name in SOFTMAX:
             self._softmax(args, given)
         elif name in _NATIVE:
             source = args[0] if args else given.get("query", given.get("src"))
@@ -89,5 +89,5 @@ def anchors(gm: fx.GraphModule) -> int:
             held = node.meta.get("example_value")
             scores = isinstance(held, torch.Tensor) and held.ndim > 2 and isinstance(held.shape[-1], int)
             long = scores and held.shape[-1] >= SHORTEST
-            found += name in (_SDPA, _COMPOSITE) or (name in _SOFTMAX and name != "logsumexp" and long)
+            found += name in (SDPA, _COMPOSITE) or (name in SOFTMAX and name != "logsumexp" and long)
     return found

@@ -10,6 +10,8 @@ NOT_SEEN = (
     "(baddbmm, einsum, a longer way, scores from another graph)"
 )
 CAPTURED_MORE = "{seen} sites in the captured graphs, {expected} counted in the eager run"
+CAPTURED_OTHERWISE = "equal to torch.compile alone: this model computes something else when it is traced"
+HIDDEN_ROWS = "equal to eager's where rows that see nothing give zero: this model lets padding reach other rows"
 NOTHING_LEFT_OUT = "the block-sparse op ran, but its mask has too few blocks to leave any out"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from sparsepass.coverage.reasons import CAPTURED_OTHERWISE, HIDDEN_ROWS
 from sparsepass.coverage.store import Record, Sweep
 from sparsepass.coverage.totals import Total, failures, large, measured, reasons, totals
 
@@ -68,6 +69,11 @@ def markdown(records: Sequence[Record], sweep: Sweep) -> str:
     if differing:
         rows += ["", "### Outputs that differ from eager", "", "| model | largest difference |", "|---|--:|"]
         rows += [f"| {_name(record)} | {record['difference']:.1e} |" for record in differing]
+    for note, sentence in NOTES.items():
+        noted = [record for record in measured(records) if record.get("note") == note]
+        if noted:
+            names = ", ".join(dict.fromkeys(record["arch"] for record in noted))
+            rows += ["", f"{sentence}: {names}."]
     rows += ["", "### Architectures", "", _ARCHITECTURES, ""]
     rows += _by_architecture(records)
     failed = failures(records)
@@ -75,6 +81,12 @@ def markdown(records: Sequence[Record], sweep: Sweep) -> str:
         rows += ["", "### Not measured", "", "| architectures | what went wrong |", "|---|---|"]
         rows += [f"| {', '.join(archs)} | {_cell(reason)} |" for reason, archs in failed]
     return "\n".join(rows) + "\n"
+
+
+NOTES = {
+    HIDDEN_ROWS: "Compared with eager whose rows that see nothing give zero",
+    CAPTURED_OTHERWISE: 'Compared with `torch.compile(backend="eager")`, from which the uncompiled model differs',
+}
 
 
 def _total_rows(found: Sequence[Total]) -> list[str]:
@@ -116,7 +128,7 @@ def _by_architecture(records: Sequence[Record]) -> list[str]:
         cells[record["arch"], record["kind"]][record["implementation"], record["phase"]] = (
             f"{done}/{sites}{mark}{fused}"
         )
-    for (arch, kind), held in cells.items():
+    for (arch, kind), held in sorted(cells.items()):
         rows.append(f"| {arch} | {kind} | " + " | ".join(held.get(column, "-") for column in columns) + " |")
     return rows
 

@@ -8,6 +8,7 @@ from sparsepass.methods.a_shape import AShape
 from sparsepass.methods.base import Method
 from sparsepass.methods.catalogue import (
     METHODS,
+    METHODS_VERSION,
     budget_from_json,
     budget_to_json,
     decode_budget,
@@ -27,6 +28,7 @@ from sparsepass.methods.xattention import XAttention
 
 __all__ = [
     "METHODS",
+    "METHODS_VERSION",
     "AShape",
     "Dense",
     "FlexPrefill",

@@ -42,6 +42,13 @@ class Method:
         """``mean_density`` of a causal problem of ``length`` tokens; other where the share follows the length."""
         return self.mean_density
 
+    def cost_at(self, length: int) -> float:
+        """The time as a density: that of ``pooled_topk`` which takes as long, causal, ``length`` tokens.
+
+        Where sparse pays was measured with ``pooled_topk``, so this is what is held against it.
+        """
+        return self.density_at(length)
+
     def dials(self, heads: int) -> tuple[float, ...]:
         """The dial of each of ``heads`` query heads. Raises ``PolicyError`` if the method has none."""
         if self.dial is None:
@@ -80,6 +87,13 @@ class Method:
         """This method with every head given what the costliest head has."""
         return self
 
+    def list_block(self, device: torch.device) -> int:
+        """Tokens per block, of queries and keys alike, of the lists that ``select`` makes on this device."""
+        from sparsepass.kernels.support import default_block
+
+        own: int | None = getattr(self, "block", None)
+        return default_block(device) if own is None else own
+
     def prepare(self, device: torch.device) -> None:
         """Put on the device what ``select`` needs there. Called at compile time: a CUDA graph may not copy."""
 
@@ -96,8 +110,9 @@ class Method:
         """Block lists for query [B, H, Sq, D] and key [B, Hkv, Skv, D]: the method itself. No host synchronization.
 
         ``dial``: float32 [B or 1, H or 1] on the device, each batch item's and head's own dial. The method's is then
-        the cap: it sizes buffers, and a dial that costs more is cut to it. ``counter``: int64 [3]; the number of
-        visible blocks is added to its last entry.
+        the cap: it sizes buffers, and a dial that costs more is cut to it. ``visible.blocks``, if given, is a map of
+        blocks of ``list_block`` tokens: only what it has is listed, ranked and counted as visible.
+        ``counter``: int64 [3]; the number of visible blocks is added to its last entry.
         """
         raise NotImplementedError(f"{self.name} selects no blocks")
 
@@ -150,6 +165,11 @@ def block_size(method: str, value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or value not in BLOCKS):
         raise PolicyError(f"{method} block is {value!r}; accepted are 64, 128 or null (the default).")
     return None if value is None else int(value)
+
+
+def expected(method: str, value: Any) -> float | None:
+    """``value`` as an expected density, or None. Raises ``PolicyError``."""
+    return None if value is None else share(method, "expected_density", value)
 
 
 def similarity(method: str, value: Any) -> float | None:

@@ -34,6 +34,9 @@ METHODS: tuple[type[Method], ...] = (
 )
 """Every method. Order is that of the documentation."""
 
+METHODS_VERSION = 1
+"""Raised where a method selects other blocks than before for the same parameters: calibrations then no longer hold."""
+
 _BY_NAME = {method.name: method for method in METHODS}
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import Method, block_size, share, whole
+from sparsepass.methods import densities
+from sparsepass.methods.base import Method, block_size, expected, share, whole
 from sparsepass.methods.vertical_slash import sampled
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class FlexPrefill(Method):
     0: none does. ``min_budget``: tokens kept at least. ``most``: share of the visible area computed at most; it sizes
     the buffers. ``queries``: how many of the last queries are sampled, a multiple of 64. ``block``: tokens per block,
     64 or 128; ``None``: the device's default. ``expected_density``: what the plan counts with, since the share computed
-    follows the data. Raises ``PolicyError``.
+    follows the data; ``None``: that on structured inputs, by ``gamma`` and length. Raises ``PolicyError``.
     """
 
     name: ClassVar[str] = "flex_prefill"
@@ -35,7 +36,7 @@ class FlexPrefill(Method):
     most: float = 0.5
     queries: int = 128
     block: int | None = None
-    expected_density: float = 0.25
+    expected_density: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gamma", share(self.name, "gamma", self.gamma))
@@ -47,7 +48,7 @@ class FlexPrefill(Method):
         object.__setattr__(self, "min_budget", whole(self.name, "min_budget", self.min_budget, 0))
         object.__setattr__(self, "queries", sampled(self.name, self.queries))
         object.__setattr__(self, "block", block_size(self.name, self.block))
-        object.__setattr__(self, "expected_density", share(self.name, "expected_density", self.expected_density))
+        object.__setattr__(self, "expected_density", expected(self.name, self.expected_density))
 
     @property
     def max_density(self) -> float:
@@ -56,7 +57,19 @@ class FlexPrefill(Method):
 
     @property
     def mean_density(self) -> float:
-        return 1.0 if self.gamma >= 1 else min(self.expected_density, self.most)
+        """That at 16K tokens; ``density_at`` knows others."""
+        return self.density_at(16384)
+
+    def density_at(self, length: int) -> float:
+        if self.gamma >= 1:
+            return 1.0
+        if self.expected_density is not None:
+            return min(self.most, self.expected_density)
+        return min(self.most, densities.density(self.name, self.gamma, 1.0, length))
+
+    def cost_at(self, length: int) -> float:
+        effort = max(1.0, self.queries / 128)
+        return self.density_at(length) + densities.extra(self.name, self.gamma, length, linear=True, effort=effort)
 
     def select(
         self,

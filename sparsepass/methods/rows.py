@@ -54,9 +54,9 @@ class RowBudgets:
         """The share that rows of a class compute, mean over heads, at ``length`` keys if known."""
         return density_of(make_method(self.budget(task)), length)
 
-    def cap_density(self, length: int | None = None) -> float:
-        """The share that rows under the cap compute: the most that a batch can."""
-        return density_of(make_method(self.cap), length)
+    def cost(self, task: TaskClass | None, length: int) -> float:
+        """The time of rows of a class (None: under the cap, the most that a batch can), as ``Method.cost_at``."""
+        return make_method(self.cap if task is None else self.budget(task)).cost_at(length)
 
     def dials(self, heads: int) -> tuple[tuple[float, ...], ...] | None:
         """The dial of each class (in the order of ``TASKS``) and query head; None for a method without one."""

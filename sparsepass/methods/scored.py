@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from sparsepass.methods import densities
 from sparsepass.methods.base import Method
 
 if TYPE_CHECKING:
@@ -18,13 +19,24 @@ if TYPE_CHECKING:
 class ScoredMethod(Method):
     """Base of methods that keep what scores well enough, however much that is.
 
-    ``expected_density``: the share of the visible area that the method was measured to compute on the inputs meant.
-    Whether sparse pays is decided by it; it changes nothing in what is computed.
+    ``expected_density``: the share of the visible area that the method was measured to compute on the inputs meant;
+    ``None``: that on structured inputs, by dial and length (``densities``). Whether sparse pays is decided by it; it
+    changes nothing in what is computed.
     """
 
     if TYPE_CHECKING:
         block: int | None
-        expected_density: float
+        expected_density: float | None
+
+    @property
+    def curve(self) -> str:
+        """Name of the measured curve (``densities``)."""
+        return self.name
+
+    @property
+    def effort(self) -> float:
+        """What the selection takes over what it takes at default parameters."""
+        return 1.0
 
     def rule(self) -> Rule:
         """This method's score and rule."""
@@ -36,13 +48,23 @@ class ScoredMethod(Method):
 
     @property
     def mean_density(self) -> float:
-        return self.expected_density
+        """That at 16K tokens; ``density_at`` knows others."""
+        return self.density_at(16384)
+
+    def density_at(self, length: int) -> float:
+        if self.expected_density is not None:
+            return self.expected_density
+        return densities.density(self.curve, getattr(self, str(self.dial)), self.dial_at_all, length)
+
+    def cost_at(self, length: int) -> float:
+        dial = getattr(self, str(self.dial))
+        return self.density_at(length) + densities.extra(self.curve, dial, length, linear=False, effort=self.effort)
 
     @classmethod
     def cap(cls, methods: Sequence[Method]) -> Method:
-        """As for every method; of expected densities the greatest."""
+        """As for every method; of expected densities the greatest, if any is given."""
         most = max((method.mean_density for method in methods), default=1.0)
-        if "expected_density" in cls.__annotations__:
+        if any(getattr(method, "expected_density", None) is not None for method in methods):
             methods = [
                 replace(method, expected_density=most) if isinstance(method, cls) else method  # type: ignore[type-var]
                 for method in methods

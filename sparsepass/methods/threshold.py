@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import block_size, share, similarity, whole
+from sparsepass.methods.base import block_size, expected, similarity, whole
 from sparsepass.methods.scored import ScoredMethod
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Threshold(ScoredMethod):
     last: int = 2
     block: int | None = None
     self_similarity: float | None = None
-    expected_density: float = 0.25
+    expected_density: float | None = None
 
     def __post_init__(self) -> None:
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
@@ -44,7 +44,7 @@ class Threshold(ScoredMethod):
         object.__setattr__(self, "window", whole(self.name, "window", self.window, 1))
         object.__setattr__(self, "last", whole(self.name, "last", self.last, 0))
         object.__setattr__(self, "self_similarity", similarity(self.name, self.self_similarity))
-        object.__setattr__(self, "expected_density", share(self.name, "expected_density", self.expected_density))
+        object.__setattr__(self, "expected_density", expected(self.name, self.expected_density))
         object.__setattr__(self, "block", block_size(self.name, self.block))
 
     def rule(self) -> Rule:

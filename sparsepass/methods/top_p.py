@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import block_size, share, similarity, whole
+from sparsepass.methods.base import block_size, expected, share, similarity, whole
 from sparsepass.methods.scored import ScoredMethod
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class TopP(ScoredMethod):
     stride: int = 16
     block: int | None = None
     self_similarity: float | None = None
-    expected_density: float = 0.25
+    expected_density: float | None = None
 
     def __post_init__(self) -> None:
         from sparsepass.kernels.rules import SCORES
@@ -57,8 +57,16 @@ class TopP(ScoredMethod):
         object.__setattr__(self, "self_similarity", similarity(self.name, self.self_similarity))
         if self.self_similarity is not None and self.score == "antidiagonal":
             raise PolicyError("top_p self_similarity is for scores from means, not for 'antidiagonal': leave it out.")
-        object.__setattr__(self, "expected_density", share(self.name, "expected_density", self.expected_density))
+        object.__setattr__(self, "expected_density", expected(self.name, self.expected_density))
         object.__setattr__(self, "block", block_size(self.name, self.block))
+
+    @property
+    def curve(self) -> str:
+        return "xattention" if self.score == "antidiagonal" else f"{self.name}, {self.score}"
+
+    @property
+    def effort(self) -> float:
+        return 16 / self.stride if self.score == "antidiagonal" else 1.0
 
     def rule(self) -> Rule:
         from sparsepass.kernels.rules import Rule

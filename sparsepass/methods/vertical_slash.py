@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsepass.errors import PolicyError
+from sparsepass.methods import densities
 from sparsepass.methods.base import Method, block_size, share, whole
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ class VerticalSlash(Method):
     @property
     def max_density(self) -> float:
         return self.density
+
+    def cost_at(self, length: int) -> float:
+        """Of the share that it computes on structured inputs, mostly less than ``density``, and of its selection."""
+        effort = max(1.0, self.queries / 256)
+        computed = densities.density(self.name, self.density, 1.0, length)
+        return computed + densities.extra(self.name, self.density, length, linear=True, effort=effort)
 
     def select(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsepass.methods.base import block_size, share
+from sparsepass.methods.base import block_size, expected, share
 from sparsepass.methods.scored import ScoredMethod
 from sparsepass.methods.top_p import stride_of
 
@@ -28,13 +28,17 @@ class XAttention(ScoredMethod):
     tau: float = 0.9
     stride: int = 16
     block: int | None = None
-    expected_density: float = 0.25
+    expected_density: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tau", share(self.name, "tau", self.tau))
         object.__setattr__(self, "stride", stride_of(self.name, self.stride))
-        object.__setattr__(self, "expected_density", share(self.name, "expected_density", self.expected_density))
+        object.__setattr__(self, "expected_density", expected(self.name, self.expected_density))
         object.__setattr__(self, "block", block_size(self.name, self.block))
+
+    @property
+    def effort(self) -> float:
+        return 16 / self.stride
 
     def rule(self) -> Rule:
         from sparsepass.kernels.rules import Rule

@@ -52,8 +52,8 @@ def score(
 
     ``model``: a causal language model of transformers, or what maps ids [B, S] to logits [B, S, V] (not to
     ``generate`` and ``shared``). It runs as it is compiled, without gradients. ``mode``: ``forced`` by default where
-    answers must match exactly, ``generate`` elsewhere. ``align``: the query block in tokens, for ``packed``. Raises
-    ``TaskError`` for an unknown mode, or to pack a sample without filler.
+    answers must match exactly, ``generate`` elsewhere. ``align``: the query block in tokens, for ``packed``.
+    Raises ``TaskError`` for an unknown mode, or to pack a sample without filler.
     """
     measure = metric or sample.metric
     chosen = mode or ("forced" if measure is exact_match else "generate")
@@ -91,6 +91,11 @@ def _packed(model: Any, sample: Sample, align: int) -> Iterator[tuple[int, ...]]
         for question in group:
             yield tuple(best[: len(question.answer)])
             best = best[len(question.answer) :]
+
+
+def questions_at_once(length: int, align: int = 64) -> int:
+    """How many questions share one packed sequence behind a context of ``length`` tokens, if each takes a block."""
+    return 1 + int(ROOM * length) // align
 
 
 def _groups(sample: Sample, align: int) -> Iterator[list[Question]]:

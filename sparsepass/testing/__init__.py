@@ -28,6 +28,7 @@ from sparsepass.testing.lists import block_mask_of, lists_from_mask
 from sparsepass.testing.mass import attention_error, block_mass, kept_mass
 from sparsepass.testing.memory import LAYOUTS, laid_out, leave_stale, poisoned_empty
 from sparsepass.testing.problem import LISTS, SEGMENTS, SHARED_LISTS, Case, Inputs
+from sparsepass.testing.terms import TERMS, draw_scores
 
 if TYPE_CHECKING:
     from sparsepass.testing.check import Checked, check_attention, check_case
@@ -53,6 +54,7 @@ __all__ = [
     "LISTS",
     "SEGMENTS",
     "SHARED_LISTS",
+    "TERMS",
     "Case",
     "Checked",
     "Inputs",
@@ -74,6 +76,7 @@ __all__ = [
     "check_case",
     "corner_cases",
     "dense_error",
+    "draw_scores",
     "kept_mass",
     "laid_out",
     "leave_stale",

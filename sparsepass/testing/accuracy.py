@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsepass.kernels.reference import changed_scores
 from sparsepass.testing.problem import Inputs
 
 TIMES_DENSE = 2.0
@@ -15,13 +16,26 @@ LSE_TOLERANCE = (2e-3, 1e-3)
 
 
 def dense_error(inputs: Inputs, reference: Tensor) -> float:
-    """Largest error against float64 that dense SDPA makes at the inputs' own precision, over rows that see anything."""
+    """Largest error against float64 that dense SDPA makes at the inputs' own precision, over rows that see anything.
+
+    Where scores are changed, as SDPA cannot, it is eager attention: scores and softmax in float32, weights rounded.
+    """
     visible = inputs.visible()
     heads, kv_heads = inputs.q.shape[1], inputs.k.shape[1]
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (inputs.k, inputs.v))
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        inputs.q, k, v, attn_mask=visible, scale=inputs.mask["scale"]
-    )
+    if inputs.scores is None:
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            inputs.q, k, v, attn_mask=visible, scale=inputs.mask["scale"]
+        )
+    else:
+        work = torch.promote_types(inputs.q.dtype, torch.float32)
+        scores = inputs.q.to(work) @ k.to(work).mT * inputs.mask["scale"]
+        scores = changed_scores(scores, inputs.scores, inputs.mask["offset"]).masked_fill(~visible, -torch.inf)
+        if inputs.scores.sinks is not None:
+            sinks = inputs.scores.sinks.to(work)[:, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1)[..., : visible.shape[-1]].nan_to_num(nan=0.0).to(v.dtype)
+        dense = weights @ v
     rows = visible.any(-1)
     error = (dense.double() - reference).abs()[rows]
     return float(error.max()) if error.numel() else 0.0

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from sparsepass.errors import KernelInputError
 from sparsepass.testing.problem import Inputs
+from sparsepass.testing.terms import TERMS
 
 Kernel = Callable[..., Any]
 """``kernel(q, k, v, kv_num_blocks, kv_indices, *, ...)`` or ``kernel(q, k, v, *, block_mask, ...)``; see ``Signature``.
 It returns the output, or the output and the log-sum-exp (None where it has none)."""
 
 _OURS = ("scale", "left", "right", "offset", "q_segments", "kv_segments", "q_block", "kv_block")
-ACCEPTED = (*_OURS, "causal", "block", "block_mask", "return_lse")
-"""Keywords that a kernel may have. ``causal``: bool; ``block``: tokens, of queries and keys alike; others as ours."""
+ACCEPTED = (*_OURS, *TERMS, "causal", "block", "block_mask", "return_lse")
+"""Keywords that a kernel may have. ``causal``: bool; ``block``: tokens, of queries and keys alike; those of ``TERMS``
+change the scores, as the fields of ``kernels.dispatch.Scores``; others as ours."""
 
 
 class Signature:
@@ -54,6 +56,7 @@ class Signature:
         """The kernel's output and log-sum-exp on these inputs. Raises ``AssertionError`` where it returns neither."""
         mask = inputs.mask
         given: dict[str, Any] = {name: mask[name] for name in _OURS if name in self.takes}
+        given |= {name: getattr(inputs.scores, name, None) for name in TERMS if name in self.takes}
         if "causal" in self.takes:
             given["causal"] = mask["right"] == 0
         if "block" in self.takes:

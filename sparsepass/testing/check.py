@@ -17,6 +17,7 @@ from sparsepass.testing.corners import corner_cases
 from sparsepass.testing.memory import LAYOUTS, leave_stale, poisoned_empty
 from sparsepass.testing.problem import LISTS, SEGMENTS, SHARED_LISTS, Case, Inputs
 from sparsepass.testing.strategies import BANDS, cases
+from sparsepass.testing.terms import TERMS
 
 PADDING = ("none", "left_pad", "right_pad", "all_padding")
 """The kinds of segments that need no ``q_segments``."""
@@ -64,10 +65,10 @@ def check_attention(
     ``kernel(q, k, v, kv_num_blocks, kv_indices, *, ...)``, tensors as in ``Inputs``, or ``kernel(q, k, v, *,
     block_mask)``, returning the output [B, H, Sq, Dv], or it and the log-sum-exp. The names of its other arguments say
     what it can do (``calling.ACCEPTED``): without ``kv_segments`` no padding is tried, without ``left`` no window,
-    without ``offset`` as many queries as keys. The limits narrow it further: ``bands`` of ``strategies.BANDS``;
-    ``layouts``, ``segments``, ``lists`` and ``shared_lists`` of the constants of those names; ``offsets=False`` for
-    queries that start at key 0. ``nonfinite`` demands that infinite and NaN tokens reach only the rows that see them,
-    which many kernels in use do not keep.
+    without ``offset`` as many queries as keys; with one of ``TERMS`` scores are changed too. The limits
+    narrow it further: ``bands`` of ``strategies.BANDS``; ``layouts``, ``segments``, ``lists`` and ``shared_lists`` of
+    the constants of those names; ``offsets=False`` for queries that start at key 0. ``nonfinite`` demands that infinite
+    and NaN tokens reach only the rows that see them, which many kernels in use do not keep.
 
     Checked for each case: error at most twice that of dense attention in the same dtype (plus one rounding), 0 where
     nothing is visible, the log-sum-exp where there is one, outputs written whole, inputs left alone, nothing kept from
@@ -92,6 +93,7 @@ def check_attention(
     if not nonfinite:
         left_out = (*left_out, "non-finite inputs (nonfinite=True tries them)")
     corners = corner_cases(kinds)
+    corners |= {f"scores: {name}": replace(corners["plain"], terms=(name,)) for name in TERMS if name in call.takes}
     if nonfinite:
         solid = [name for name in layouts if name != "expanded_batch"]
         corners |= {
@@ -117,9 +119,11 @@ def check_attention(
     def drawn(case: Case) -> None:
         _named(call, "drawn", case, device)
 
-    for bad in (False, True)[: 1 + nonfinite]:
-        quiet(given(case=cases(**kinds, bad=bad))(drawn))()
-    return Checked(call.name, tuple(corners), examples * (1 + nonfinite), kinds, left_out)
+    terms = tuple(name for name in TERMS if name in call.takes)
+    runs = [(some, bad) for bad in (False, True)[: 1 + nonfinite] for some in ((), terms)[: 1 + bool(terms)]]
+    for some, bad in runs:
+        quiet(given(case=cases(**kinds, terms=some, bad=bad))(drawn))()
+    return Checked(call.name, tuple(corners), examples * len(runs), kinds, left_out)
 
 
 def check_case(kernel: Kernel, case: Case, *, device: torch.device | str = "cpu") -> None:
@@ -165,7 +169,9 @@ def _check(call: Signature, case: Case, device: torch.device | str) -> Tensor:
 def _contents(inputs: Inputs) -> dict[str, Tensor]:
     names = ("q", "k", "v", "kv_num_blocks", "kv_indices")
     kept = {name: getattr(inputs, name).clone() for name in names}
-    return kept | {name: x.clone() for name, x in inputs.mask.items() if isinstance(x, Tensor)}
+    kept |= {name: x.clone() for name, x in inputs.mask.items() if isinstance(x, Tensor)}
+    given = {name: getattr(inputs.scores, name, None) for name in TERMS}
+    return kept | {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

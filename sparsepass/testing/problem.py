@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.dispatch import BlockLists, Visible
-from sparsepass.kernels.reference import block_sparse_attention_reference, listed_blocks, visible_pairs
+from sparsepass.kernels.dispatch import BlockLists, Scores, Visible
+from sparsepass.kernels.reference import (
+    block_sparse_attention_reference,
+    listed_blocks,
+    shown_by_scores,
+    visible_pairs,
+)
 from sparsepass.testing.lists import block_mask_of, lists_from_mask
 from sparsepass.testing.memory import laid_out, moved
+from sparsepass.testing.terms import draw_scores
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -32,7 +38,7 @@ class Inputs:
     """Tensors of one case: q [B, H, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv], and block lists int32.
 
     ``mask``: what every launcher and reference of ours takes by keyword: ``scale``, ``left``, ``right``, ``offset``,
-    ``q_segments``, ``kv_segments``, ``q_block``, ``kv_block``.
+    ``q_segments``, ``kv_segments``, ``q_block``, ``kv_block``. ``scores``: what happens to the scaled scores, or None.
     """
 
     q: Tensor
@@ -41,6 +47,7 @@ class Inputs:
     kv_num_blocks: Tensor
     kv_indices: Tensor
     mask: dict[str, Any]
+    scores: Scores | None = None
 
     @property
     def lists(self) -> BlockLists:
@@ -60,7 +67,7 @@ class Inputs:
         """Out [B, H, Sq, Dv] and log-sum-exp [B, H, Sq] in float64."""
         wide = self.to64()
         return block_sparse_attention_reference(
-            wide.q, wide.k, wide.v, self.kv_num_blocks, self.kv_indices, **self.mask
+            wide.q, wide.k, wide.v, self.kv_num_blocks, self.kv_indices, **self.mask, scores=self.scores
         )
 
     def visible(self) -> Tensor:
@@ -71,7 +78,8 @@ class Inputs:
         named = listed_blocks(self.kv_num_blocks, self.kv_indices, -(-kv_len // kv_block))
         named = named.repeat_interleave(q_block, 2)[:, :, :q_len].repeat_interleave(kv_block, 3)[..., :kv_len]
         seen = visible_pairs(q_len, kv_len, batch=batch, device=self.q.device, **self._band())
-        return (named & seen[:, None]).expand(batch, heads, q_len, kv_len)
+        shown = shown_by_scores(self.scores).to(self.q.device)
+        return (named & seen[:, None] & shown).expand(batch, heads, q_len, kv_len)
 
     def block_mask(self) -> BlockMask:
         """Lists and mask together as FlexAttention's ``BlockMask``; blocks seen whole are its full blocks."""
@@ -84,7 +92,8 @@ class Case:
 
     Band: query row i stands at ``i + offset`` and sees keys from ``left`` before it to ``right`` after it; -1 lifts a
     side. ``layout``, ``segments``, ``lists``, ``shared_lists``: one of ``LAYOUTS``, ``SEGMENTS``, ``LISTS``,
-    ``SHARED_LISTS``. ``bad``: that many infinite or NaN entries in each of q, k and v.
+    ``SHARED_LISTS``. ``bad``: that many infinite or NaN entries in each of q, k and v. ``terms``: those of
+    ``terms.TERMS`` that change the scores.
     """
 
     batch: int
@@ -107,6 +116,7 @@ class Case:
     shared_lists: str
     bad: int
     seed: int
+    terms: tuple[str, ...] = ()
 
     @property
     def heads(self) -> int:
@@ -135,8 +145,10 @@ class Case:
             "q_block": self.q_block,
             "kv_block": self.kv_block,
         }
+        shape = (self.batch, self.heads, self.q_len, self.kv_len)
+        scores = draw_scores(self.terms, shape, (self.q_block, self.kv_block), self.dtype, generator, device)
         q, k, v = (moved(x, device) for x in (q, k, v))
-        return Inputs(q, k, v, kv_num_blocks.to(device), kv_indices.to(device), mask)
+        return Inputs(q, k, v, kv_num_blocks.to(device), kv_indices.to(device), mask, scores)
 
     def _drawn(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return laid_out(shape, self.layout, self.dtype, generator)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsepass.testing.lists import block_mask_of
 from sparsepass.testing.memory import LAYOUTS, laid_out
 from sparsepass.testing.problem import LISTS, SEGMENTS, SHARED_LISTS, Case, draw_lists
+from sparsepass.testing.terms import TERMS
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -63,11 +64,13 @@ def cases(
     square_blocks: bool = False,
     equal_v_dim: bool = False,
     bad: bool = False,
+    terms: Sequence[str] = (),
 ) -> Case:
     """A ``Case`` of at most ``max_len`` tokens a side, of the given kinds.
 
     ``scales`` are drawn beside head_dim^-0.5; None for that one alone. ``same_length``: as many queries as keys.
     ``square_blocks``: blocks of as many queries as keys. ``bad`` plants infinite and NaN entries.
+    ``terms``: any of these change the scores, one at least if any is named (``TERMS`` has all).
     """
     q_len = draw(st.integers(1, max_len))
     longer = st.integers(q_len, max(q_len, max_len))
@@ -97,6 +100,7 @@ def cases(
         shared_lists=draw(st.sampled_from(shared_lists)),
         bad=draw(st.integers(1, 4)) if bad else 0,
         seed=draw(_SEEDS),
+        terms=tuple(sorted(draw(st.sets(st.sampled_from(terms), min_size=1)), key=TERMS.index)) if terms else (),
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +18,16 @@ from triton.compiler import compile as triton_compile
 
 from sparsepass.kernels.attend_hopper import LOAD_REGISTERS, HopperTile
 from sparsepass.kernels.attend_triton import attend_launches
+from sparsepass.kernels.block_map_triton import block_map_launch
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.rules import Rule
+from sparsepass.kernels.scores import Scores
 from sparsepass.kernels.select_scored_triton import scored_launches
 from sparsepass.kernels.select_triton import select_launches
 from sparsepass.kernels.spec import Capability
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+"""Every size with and without what is optional; else one of them, with all of it."""
 
 TYPES = {
     torch.float16: "fp16",
@@ -40,13 +47,14 @@ def compile_launch(launch: Launch, capability: Capability) -> Any:
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
         is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or is_one:
+        if parameter.is_constexpr or is_one or value is None:
             signature[name], constants[(index,)] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            wide = isinstance(value, int) and abs(value) >= 2**31
+            signature[name] = "fp32" if isinstance(value, float) else "i64" if wide else "i32"
         aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
         if aligned and not parameter.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -107,7 +115,14 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def launches_for(
-    dtype: torch.dtype, head_dim: int, *, segments: bool, kv_len: int = 8192, per_head: bool = False, **tile: Any
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    segments: bool,
+    kv_len: int = 8192,
+    per_head: bool = False,
+    skip: float = 0.0,
+    **tile: Any,
 ) -> list[Launch]:
     """Every launch of a selection and an attention: 32 query heads, 8 KV heads, blocks of 128, on a fake GPU."""
     with FakeTensorMode():
@@ -131,9 +146,53 @@ def launches_for(
         density = torch.empty(2, 32, device="cuda:0") if per_head else 0.1
         select, count, lists = select_launches(q, k, density=density, max_density=0.1, **shared)
         attend, _, _ = attend_launches(
-            q, k, v, count, lists, return_lse=True, implementation="triton", **shared, **tile
+            q, k, v, count, lists, return_lse=True, implementation="triton", skip=skip, **shared, **tile
         )
     return select + attend
+
+
+def term_launches_for(
+    dtype: torch.dtype,
+    head_dim: int,
+    v_head_dim: int,
+    terms: Sequence[str],
+    *,
+    segments: bool = False,
+    kv_len: int = 8192,
+    **tile: Any,
+) -> list[Launch]:
+    """The launches of an attention whose scores are changed, and of the block map: 32 query heads, 8 KV heads."""
+    with FakeTensorMode():
+
+        def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=kind, device="cuda:0")
+
+        def tokens(heads: int, size: int) -> torch.Tensor:
+            return empty(2, kv_len, heads, size).transpose(1, 2)
+
+        scores = Scores(
+            30.0 if "softcap" in terms else None,
+            empty(1, 32, kind=torch.float32) if "slopes" in terms else None,
+            empty(1, 32, kv_len, kv_len) if "bias" in terms else None,
+            empty(2, 1, kv_len, kv_len, kind=torch.int8) if "mask" in terms else None,
+            empty(32, kind=torch.float32) if "sinks" in terms else None,
+        )
+        segment = empty(2, kv_len, kind=torch.int32) if segments else None
+        rows = kv_len // 128
+        shared: dict[str, Any] = {"left": -1, "right": 0, "offset": 0, "q_segments": segment, "kv_segments": segment}
+        launches: list[Launch] = []
+        blocks = None
+        if scores.hides:
+            sizes: dict[str, Any] = {"batch": 2, "q_len": kv_len, "kv_len": kv_len, "q_block": 128, "kv_block": 128}
+            launch, blocks = block_map_launch(scores, **shared, **sizes)
+            launches.append(launch)
+        attend, _, _ = attend_launches(
+            tokens(32, head_dim), tokens(8, head_dim), tokens(8, v_head_dim),
+            empty(2, 32, rows, kind=torch.int32), empty(2, 32, rows, 10, kind=torch.int32),
+            **shared, scale=0.1, q_block=128, kv_block=128, return_lse=True, implementation="triton",
+            counter=empty(3, kind=torch.int64), scores=scores, blocks=blocks, **tile,
+        )  # fmt: skip
+    return launches + attend
 
 
 RULES = (

@@ -9,7 +9,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 
-EXAMPLES = 400 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 25 if GPU else 12
+EXAMPLES = 400 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 25 if GPU else 8
 """Cases drawn by each property; the interpreter takes a second or two for one."""
 
 pytestmark = [

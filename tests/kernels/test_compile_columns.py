@@ -15,13 +15,14 @@ from sparsepass.kernels.best_triton import diagonal_list_launches, keep_best_lau
 from sparsepass.kernels.columns_triton import column_launches
 from sparsepass.kernels.estimate_triton import estimate_launches
 from sparsepass.kernels.launch import Launch
-from tests.kernels.compile_offline import compile_launch, resources
+from tests.kernels.compile_offline import DEEP, compile_launch, resources
 from tests.kernels.test_compile_targets import MATRIX_INSTRUCTION, SHARED_LIMIT
 
 DENSE_PRODUCTS = ("_attend_columns", "_estimate")
+SIZES = spec.CUDA.tuned_head_dims if DEEP else (64, 128, 256)
 ALL = [
-    *((torch.bfloat16, size, segments) for size in spec.CUDA.tuned_head_dims for segments in (False, True)),
-    *((torch.float32, size, True) for size in spec.CUDA.tuned_head_dims),
+    *((torch.bfloat16, size, segments) for size in SIZES for segments in ((False, True) if DEEP else (True,))),
+    *((torch.float32, size, True) for size in SIZES),
 ]
 
 

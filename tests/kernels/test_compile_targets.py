@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from sparsepass.kernels import attend_hopper, spec
 from sparsepass.kernels.launch import Launch
+from sparsepass.kernels.sass import disassembled, unset_descriptor
 from tests.kernels.compile_offline import (
+    DEEP,
     compile_hopper,
     compile_launch,
     launches_for,
@@ -21,12 +25,16 @@ SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 MATRIX_INSTRUCTION = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
 FAST = [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64)]
 SIZES = spec.CUDA.tuned_head_dims
+SEGMENTS = (False, True) if DEEP else (True,)
 SLOW = [
-    *((torch.bfloat16, size, segments) for size in SIZES for segments in (False, True)),
-    *((torch.float32, size, segments) for size in SIZES for segments in (False, True)),
-    *((torch.float16, size, True) for size in (128, 256)),
+    *((torch.bfloat16, size, segments) for size in SIZES for segments in SEGMENTS),
+    *((torch.float32, size, segments) for size in SIZES for segments in SEGMENTS),
+    *((torch.float16, size, True) for size in (128, 256) if DEEP),
 ]
 """fp16 differs from bf16 in one conversion: two sizes of it are enough."""
+
+HOPPER = [(tile, torch.bfloat16) for tile in attend_hopper.TILES]
+HOPPER += [(tile, torch.float16) for tile in attend_hopper.TILES if DEEP or tile.dim == tile.keys == 128]
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +73,24 @@ def test_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch, capability: spec.Capability, dtype: torch.dtype, head_dim: int
 ) -> None:
     compile_all(monkeypatch, capability, dtype, head_dim, segments=True)
+
+
+@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
+def test_skipping_compiles_without_spills(monkeypatch: pytest.MonkeyPatch, capability: spec.Capability) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: capability)
+    launches = launches_for(torch.bfloat16, 128, segments=True, skip=1e-3)
+    check_launches([one for one in launches if one.kernel.__name__ == "attend"], capability, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
+def test_skipping_compiles_without_spills_at_every_tuned_size(
+    monkeypatch: pytest.MonkeyPatch, capability: spec.Capability
+) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: capability)
+    for dtype, head_dim, segments in SLOW if DEEP else SLOW[2::5]:
+        launches = launches_for(dtype, head_dim, segments=segments, skip=1e-3)
+        check_launches([one for one in launches if one.kernel.__name__ == "attend"], capability, dtype)
 
 
 @pytest.mark.slow
@@ -123,8 +149,7 @@ def test_selection_compiles_for_every_row_length(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(attend_hopper.missing() is not None, reason="this Triton has not all of Gluon")
 @pytest.mark.parametrize("segments", [False, True], ids=["plain", "segments"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tile", attend_hopper.TILES, ids=lambda tile: f"d{tile.dim}-{tile.keys}")
+@pytest.mark.parametrize(("tile", "dtype"), HOPPER, ids=lambda x: f"d{x.dim}-{x.keys}" if hasattr(x, "dim") else str(x))
 def test_the_hopper_kernel_compiles(tile: attend_hopper.HopperTile, dtype: torch.dtype, segments: bool) -> None:
     compiled = compile_hopper(tile, dtype, segments=segments)
     used = resources(compiled)
@@ -139,6 +164,30 @@ def test_the_hopper_kernel_compiles(tile: attend_hopper.HopperTile, dtype: torch
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "setmaxnreg.inc" in compiled.asm["ptx"]
     assert attend_hopper.unsound(compiled.asm["ttgir"]) is None
+    code = disassembled(compiled.asm["cubin"])
+    assert code is not None
+    assert len(re.findall("HGMMA", code)) >= 8 * 2 * tile.dim // 64
+    assert unset_descriptor(code) is None
+
+
+CODE = """
+        /*0000*/                   @P0 BRA 0x30 ;
+        /*0010*/                   UMOV UR4, 0x1 ;
+        /*0020*/                   UMOV UR5, 0x40000040 ;
+        /*0030*/                   UIADD3.64 UR6, UR8, 0x2, URZ ;
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_a_descriptor_that_a_path_leaves_unset_is_noticed() -> None:
+    """What ptxas made of an earlier kernel: set before the first loop, read in the second."""
+    assert "UR4 is not set" in (unset_descriptor(CODE) or "")
+    assert "UR4 is not set" in (
+        unset_descriptor(CODE.replace("@P0 BRA 0x30", "@P0 UMOV UR4, 0x0").replace("  UMOV UR4", "  UMOV UR9")) or ""
+    )
+    assert unset_descriptor(CODE.replace("BRA 0x30", "BRA 0x10")) is None
+    assert unset_descriptor(CODE.replace("R24, gdesc", "R24, R16, gdesc")) is None
 
 
 def test_a_dropped_value_is_noticed() -> None:

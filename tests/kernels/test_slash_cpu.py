@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparsepass.errors import KernelInputError
@@ -47,6 +47,15 @@ def test_vertical_slash(case: Case, density: float, per_head: bool, columns: int
     check_vertical_slash(Drawn.of(case, "cpu"), CPU, density, dial, columns, slashes)
 
 
+AWARE_AND_UNALIGNED = Case(
+    batch=1, kv_heads=2, group=3, q_len=390, kv_len=700, head_dim=64, v_head_dim=64, dtype=torch.bfloat16, q_block=16,
+    kv_block=16, left=199, right=0, offset=-195, scale=0.1, layout="bshd", segments="packed_pad", lists="full",
+    shared_lists="both", bad=0, seed=10121,
+)  # fmt: skip
+"""Every head is query-aware and has no least sets; near diagonals touch three diagonals of blocks."""
+
+
+@example(AWARE_AND_UNALIGNED, 0.3, 0.3, 0)
 @given(
     cases(**DRAWN),
     st.sampled_from([0.3, 0.9, 0.99, 1.0]),
@@ -55,6 +64,21 @@ def test_vertical_slash(case: Case, density: float, per_head: bool, columns: int
 )
 def test_flex_prefill(case: Case, gamma: float, tau: float, min_budget: int) -> None:
     check_flex(Drawn.of(case, "cpu"), CPU, gamma, tau, min_budget)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_flex_prefill_computes_no_more_than_most(tau: float) -> None:
+    """In query-aware heads the map takes all that the least sets leave of it."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, 4096, 32, generator=generator)
+    k = torch.randn(1, 2, 4096, 32, generator=generator)
+    method = FlexPrefill(0.95, tau, most=0.3, block=64)
+    counter = torch.zeros(3, dtype=torch.int64)
+    lists = method.select(q, k, scale=0.1, visible=Visible(right=0), counter=counter)
+    block_sparse_attention(q, k, k, lists, scale=0.1, visible=Visible(right=0), counter=counter)
+    assert counter[2] == 4 * 64 * 65 // 2
+    whole_blocks = 64 / (64 * 65 / 2)  # a budget is in whole blocks per row
+    assert 0.15 < int(counter[1]) / int(counter[2]) <= method.max_density + whole_blocks
 
 
 @given(cases(**DRAWN, bad=True), st.booleans())

@@ -35,8 +35,8 @@ def test_takes_what_the_spec_lists(dtype: torch.dtype, head_dim: int, capability
     [
         ({"device": torch.device("cpu")}, "run on cuda devices, not on cpu"),
         ({"dtype": torch.float64}, "dtype float64 is not supported; supported: float16, bfloat16, float32"),
-        ({"head_dim": 512}, "head_dim 512 is not supported; supported: 16 to 256"),
-        ({"v_head_dim": 8}, "v_head_dim 8 is not supported"),
+        ({"head_dim": 640}, "head_dim 640 is not supported; supported: 1 to 576"),
+        ({"v_head_dim": 576}, "v_head_dim 576 is not supported; supported: 1 to 512"),
         ({"capability": (7, 5)}, "compute capability 7.5; 8.0 or newer is needed"),
     ],
 )
@@ -57,8 +57,10 @@ def test_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_newer_and_odd_capabilities_have_a_tile() -> None:
     for capability in ((8, 6), (8, 9), (12, 0)):
         for dtype in spec.CUDA.dtypes:
-            for head_dim in (16, 72, 160, 256):
-                assert attend_tile(dtype, head_dim, capability).num_warps >= 4
+            for head_dim, v_head_dim in ((8, 8), (16, 16), (72, 72), (160, 160), (192, 128), (256, 256), (576, 512)):
+                for terms in (0, 1, 2):
+                    tile = attend_tile(dtype, head_dim, capability, v_head_dim=v_head_dim, terms=terms)
+                    assert tile.num_warps >= 4
 
 
 def test_asking_does_not_import_triton() -> None:

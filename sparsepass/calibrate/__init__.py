@@ -1,0 +1,1 @@
+"""Measure which budgets are safe: for this model, these tasks, these lengths."""

@@ -1,0 +1,291 @@
+"""``sparsepass calibrate``: from a model to a policy file, a report, and one number."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sparsepass.bench.arguments import Command
+from sparsepass.bench.options import option
+from sparsepass.calibrate.cell import NOMINAL, Cell, Goal
+from sparsepass.calibrate.log import Log
+from sparsepass.calibrate.result import Calibration
+from sparsepass.calibrate.run import calibrate, check_goal, ladders
+from sparsepass.errors import OptionError, close_names
+from sparsepass.tasks.base import Task
+
+_ASKED, _SAFE, _RUN, _OUTPUT = "Model and mix", "What is safe", "Run", "Output"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which model, which mix of tasks, on which machine: what ``calibrate`` and ``evaluate`` share."""
+
+    model: Path | None = option(None, "Local checkpoint folder; default: the testbed.", _ASKED)
+    testbed: str = option("small", "Size of the testbed, where no model is given.", _ASKED)
+    tasks: tuple[str, ...] = option((), "Tasks by name; default: one of each class.", _ASKED)
+    documents: Path | None = option(None, "JSON lines of your own questions on your own documents.", _ASKED)
+    chat: bool = option(False, "Ask in the tokenizer's chat template.", _ASKED)
+    weights: tuple[float, ...] = option((), "Of the tasks in the mix, in their order; default: all alike.", _ASKED)
+    lengths: tuple[int, ...] = option((1024, 2048, 4096, 8192), "Tokens of context and question.", _ASKED)
+    device: str = option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one.", _RUN)
+    dtype: str = option("", "Default: bf16 on a GPU, fp32 on the CPU.", _RUN, choices=("", "bf16", "fp16", "fp32"))
+    threads: int = option(0, "CPU threads; 0 leaves them as they are.", _RUN)
+    inductor: bool = option(False, "Compile with Inductor, once per budget: slower to begin.", _RUN)
+    seed: int = option(0, "Of the samples.", _RUN)
+    log: Path | None = option(None, "JSON lines of what was measured; gone on with if it is there.", _OUTPUT)
+    again: bool = option(False, "Begin the log anew.", _OUTPUT)
+    as_json: bool = option(False, "JSON on stdout, no tables.", _OUTPUT)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(Asked):
+    """``sparsepass calibrate``."""
+
+    methods: tuple[str, ...] = option(
+        ("pooled_topk",), "A name (its own steps), name=0.05,0.1, or in full: 'top_p(coverage=0.9, stride=8)'.", _SAFE
+    )
+    loss: float = option(0.05, "Tolerated share of the dense accuracy.", _SAFE)
+    confidence: float = option(0.95, "That a verified budget loses no more, per task and length.", _SAFE)
+    questions: int = option(0, "Asked about each context; 0: as many as share its prefill.", _SAFE)
+    search: int = option(8, "Contexts per budget in the search, at most.", _SAFE)
+    verify: int = option(64, "Held-out contexts of 16 questions per budget that is verified, at most.", _SAFE)
+    floors: int = option(0, "Contexts per task and length whose kept attention mass gives the policy floors.", _SAFE)
+    time_limit: float = option(0.0, "Seconds after which no further cell is begun; 0: none.", _RUN)
+    name: str = option("calibrated", "Of the policy.", _OUTPUT)
+    out: Path | None = option(None, "Policy file.", _OUTPUT)
+    report: Path | None = option(None, "HTML report.", _OUTPUT)
+
+
+def run(options: CalibrateOptions) -> int:
+    """Calibrates and writes what was asked for. Returns the exit status: 1 if no cell has a safe budget."""
+    from rich.console import Console
+
+    goal = Goal(
+        options.loss,
+        options.confidence,
+        options.questions or NOMINAL,
+        options.search,
+        options.verify,
+        seed=options.seed,
+    )
+    check_goal(goal)
+    budgets = ladders(options.methods)
+    with Session.open(options, [step for steps in budgets.values() for step in steps], options.questions) as session:
+        weights = weights_of(options, session.tasks)
+        total = len(options.lengths) * len(session.tasks) * len(budgets)
+        with Bars("calibrating", total, quiet=options.as_json) as bars:
+            found = calibrate(
+                session.meter,
+                session.tasks,
+                options.lengths,
+                budgets,
+                goal,
+                weights=weights,
+                about=session.about,
+                time_limit=options.time_limit,
+                done=bars.done,
+                tick=bars.tick,
+            )
+        policy = found.policy(options.name)
+        if options.floors:
+            from sparsepass.calibrate.floors import measure_floors
+
+            policy = found.policy(
+                options.name, measure_floors(session.meter, session.tasks, found, policy, options.floors)
+            )
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        policy.save(options.out)
+    if options.report is not None:
+        from sparsepass.calibrate.report import write_html
+
+        write_html(found, options.name, options.report)
+    if options.as_json:
+        print(json.dumps(as_json(found), indent=1))
+    else:
+        from sparsepass.calibrate.report import table
+
+        console = Console()
+        (console if console.is_terminal else Console(width=120)).print(table(found))
+        for what, path in (("Policy", options.out), ("Report", options.report), ("Log", options.log)):
+            if path is not None:
+                print(f"{what}: {path}")
+    return int(not any(cell.budget for cell in found.cells))
+
+
+def as_json(found: Calibration) -> dict[str, Any]:
+    """All that was found, as plain JSON."""
+    from sparsepass.calibrate.words import how_sure, the_number
+    from sparsepass.methods import encode_budget
+
+    def plain(cell: Cell) -> dict[str, Any]:
+        trials = [{**asdict(trial), "budget": encode_budget(trial.budget)} for trial in cell.trials]
+        budget = None if cell.budget is None else encode_budget(cell.budget)
+        return {**asdict(replace(cell, trials=())), "budget": budget, "trials": trials}
+
+    fixed = found.fixed()
+    return {
+        "number": the_number(found),
+        "sure": how_sure(found),
+        "fixed": {"budget": None if fixed.budget is None else encode_budget(fixed.budget), "density": fixed.density},
+        "policy_density": found.mean_density(),
+        "goal": asdict(found.goal),
+        "about": dict(found.about),
+        "complete": found.complete,
+        "cells": [plain(cell) for cell in found.cells],
+    }
+
+
+@dataclass
+class Session:
+    """A model that is ready to be measured, and what holds for it."""
+
+    model: Any
+    tasks: list[Task]
+    meter: Any
+    about: dict[str, Any]
+    log: Log
+
+    @staticmethod
+    def open(options: Asked, budgets: Sequence[Any], questions: int) -> Session:
+        """Load the model, compile it for these budgets, open the log. Raises ``OptionError`` and others of ours.
+
+        ``questions``: asked about each context, 0 for as many as one sequence holds.
+        """
+        from sparsepass.bench.options import Machine
+        from sparsepass.bench.problem import DTYPES
+        from sparsepass.bench.trial import device_of
+        from sparsepass.calibrate.measure import ModelMeter
+        from sparsepass.calibrate.switch import BudgetSwitch
+        from sparsepass.fingerprint import fingerprint
+        from sparsepass.kernels.support import default_block
+        from sparsepass.tasks.score import questions_at_once, score
+
+        device = device_of(Machine(device=options.device, threads=options.threads))
+        dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+        if options.model is None:
+            from sparsepass.testbed import load
+
+            model = load(options.testbed, dtype=dtype, device=str(device))
+        else:
+            from sparsepass.models import load_model
+
+            model = load_model(str(options.model), attn="sdpa", dtype=dtype, device=str(device))
+        about = fingerprint(model)
+        tasks = tasks_of(options)
+        align = max(int(budget.params.get("block") or default_block(device)) for budget in budgets)
+        if options.again and options.log is not None:
+            options.log.unlink(missing_ok=True)
+        asked = {"questions": questions, "block": align, "tasks": [task.name for task in tasks]}
+        log = Log(options.log, {**about, **asked})
+        switch = BudgetSwitch(budgets, inductor=options.inductor)
+        share = questions or partial(questions_at_once, align=align)
+        meter = ModelMeter(model, tasks, switch, log, partial(score, align=align), share)
+        return Session(model, tasks, meter, about, log)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.log.close()
+
+
+TEXT_MIX = ("text_needle", "text_story_retrieval", "text_tracking", "text_common_words")
+"""One task of each class, for models that read text."""
+
+
+def tasks_of(options: Asked) -> list[Task]:
+    """The tasks asked for; by default one of each class, on token ids for the testbed, in words for other models.
+
+    Words are written with the model's own tokenizer. Raises ``OptionError`` and ``TaskError``.
+    """
+    from sparsepass.tasks.catalogue import catalogue
+    from sparsepass.tasks.tokens import TOKEN_TASKS
+
+    tokenizer = None if options.model is None else tokenizer_of(options.model)
+    known = catalogue(tokenizer, chat=options.chat, documents=options.documents)
+    for name in options.tasks:
+        if name not in known:
+            raise OptionError(f"--tasks {name!r} is not known. {close_names(name, known)}")
+    mix = TEXT_MIX if options.model is not None else tuple(task.name for task in TOKEN_TASKS)
+    return [known[name] for name in dict.fromkeys(options.tasks or mix)]
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a local checkpoint; None, for bytes, where the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def weights_of(options: Asked, tasks: Sequence[Task]) -> dict[str, float]:
+    """The weight of each task in the mix. Raises ``OptionError``."""
+    given = options.weights or (1.0,) * len(tasks)
+    if len(given) != len(tasks) or min(given) < 0 or sum(given) <= 0:
+        names = ", ".join(task.name for task in tasks)
+        raise OptionError(f"--weights {given}; accepted is a number of 0 or more for each of {names}, not all 0.")
+    return {task.name: weight for task, weight in zip(tasks, given, strict=True)}
+
+
+class Bars:
+    """What is done and what is being asked: a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
+
+    def __init__(self, what: str, total: int, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        self._lines = not quiet and not console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, disable=quiet or self._lines, transient=True)
+        self._task = self._bar.add_task(what, total=total)
+        self._contexts = 0
+
+    def __enter__(self) -> Bars:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def tick(self, text: str) -> None:
+        self._contexts += 1
+        self._bar.update(self._task, description=f"{text}, context {self._contexts}")
+
+    def step(self, text: str) -> None:
+        """One context is done, and counts."""
+        self._bar.update(self._task, description=text, advance=1)
+
+    def say(self, line: str) -> None:
+        """A line on stderr, beside the bar."""
+        if self._lines:
+            print(line, file=sys.stderr, flush=True)
+        elif not self._bar.disable:
+            self._bar.console.print(line, markup=False)
+
+    def done(self, cell: Cell) -> None:
+        from sparsepass.calibrate.words import note, tokens
+
+        self._bar.advance(self._task)
+        value, below = note(cell)
+        line = f"{cell.task} {tokens(cell.length)} {cell.method}: {value} ({below}; {cell.questions} questions)"
+        self.say(line)
+
+
+COMMAND = Command(
+    "calibrate",
+    CalibrateOptions,
+    run,
+    "Which budget is safe for this model, these tasks, these lengths: measured, verified on held-out samples, and "
+    "written as a policy. Interrupted, it goes on where it was.",
+    "Example: sparsepass calibrate --lengths 1K 4K --loss 0.05 --out policy.json --report report.html --log runs.jsonl",
+)

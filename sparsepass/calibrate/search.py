@@ -1,0 +1,177 @@
+"""The sparsest budget of a ladder that is safe: found on some samples, verified on others.
+
+Safety rises along a ladder, so a search by halving needs few of its steps, and it stops asking about a budget as soon
+as the answer is likely. All that the result rests on is the verification: samples that the search has not seen, looked
+at three times, at most four budgets. The error of each look is bounded so that all together err as rarely as was asked
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from sparsepass.calibrate.bounds import Paired, trials_needed
+from sparsepass.calibrate.cell import Cell, Goal, Meter, Status, Trial
+from sparsepass.tasks.base import Task
+from sparsepass.types import Budget
+
+LIKELY = 0.2
+"""Error at which the search takes a budget for safe or not: it only says where to verify."""
+
+ATTEMPTS = 4
+"""Budgets that are verified at most; the k-th gets 1 / 2^k of the error, the last what is left."""
+
+LOOKS = 3
+"""Times that a verification looks at its samples: after as many as suffice if nothing is lost, three times as many, and
+all. When is told from what dense gets right, never from what is lost."""
+
+HELD_OUT = 1 << 32
+"""Seeds of held-out samples begin here, those of the search at 0."""
+
+STRETCH = 4
+"""Where a context has fewer questions than were asked for, a verification takes so many times the contexts at most."""
+
+
+@dataclass
+class Search:
+    """One task, one length, one method. ``tick`` is called once per context asked."""
+
+    meter: Meter
+    task: Task
+    length: int
+    method: str
+    budgets: Sequence[Budget]
+    goal: Goal
+    tick: Callable[[str], None] = lambda text: None
+    trials: list[Trial] = field(default_factory=list)
+    _asked: int = 0
+    _dense: Paired = field(default_factory=Paired)
+    """Dense alone, on every context of the search."""
+    _seen: set[int] = field(default_factory=set)
+    _probed: dict[int, bool] = field(default_factory=dict)
+
+    def run(self, start: int | None = None) -> Cell:
+        """``start``: the place on the ladder where a search is likely to end, such as that of a length nearby."""
+        for seed in range(2):  # enough to see whether the model can do the task at all
+            self._dense_scores(seed)
+        if self._dense.accuracy < self.goal.least:
+            return self._cell(Status.UNMEASURED)
+        return self._verify(self._find(start))
+
+    def _find(self, start: int | None) -> int:
+        """The place of the sparsest budget that is likely safe; the last place where none is."""
+        count = len(self.budgets)
+        low, high = -1, count  # unsafe up to low, safe from high on
+        if start is not None and 0 <= start < count:
+            step = 1  # outward from the guess, faster and faster, until it is enclosed
+            if self._likely_safe(start):
+                high = start
+                while high - step > low:
+                    if not self._likely_safe(high - step):
+                        low = high - step
+                        break
+                    high, step = high - step, 2 * step
+            else:
+                low = start
+                while low + step < high:
+                    if self._likely_safe(low + step):
+                        high = low + step
+                        break
+                    low, step = low + step, 2 * step
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._likely_safe(middle) else (middle, high)
+        return min(high, count - 1)
+
+    def _likely_safe(self, place: int) -> bool:
+        if place not in self._probed:
+            self._probed[place] = self._probe(self.budgets[place])
+        return self._probed[place]
+
+    def _probe(self, budget: Budget) -> bool:
+        paired, densities = Paired(), 0.0
+        limit = self.goal.loss
+        for seed in range(self.goal.search):
+            densities += self._add(paired, seed, budget, self._dense_scores(seed))
+            if paired.upper(LIKELY) <= limit or paired.lower(LIKELY) > limit:
+                break
+        likely = paired.upper(LIKELY) <= limit or (paired.lower(LIKELY) <= limit and paired.loss <= limit / 2)
+        self._note(budget, False, paired, densities, LIKELY, likely)
+        return likely
+
+    def _verify(self, place: int) -> Cell:
+        error = 1.0 - self.goal.confidence
+        doomed = False
+        for attempt in range(ATTEMPTS):
+            share = error / 2 ** min(attempt + 1, ATTEMPTS - 1)
+            paired, densities = Paired(), 0.0
+            needed = trials_needed(self.goal.loss, share / LOOKS)
+            passed = doomed = False
+            looked = 0
+            for seed in range(STRETCH * self.goal.verify):
+                densities += self._add(paired, HELD_OUT + seed, self.budgets[place])
+                last = paired.questions >= self.goal.verify * self.goal.questions
+                last = last or seed + 1 == STRETCH * self.goal.verify
+                due = paired.least_trials >= needed * 3**looked if looked < LOOKS - 1 else False
+                if due or last:
+                    looked += 1
+                    passed = paired.upper(share / LOOKS) <= self.goal.loss
+                doomed = paired.lower(share) > self.goal.loss
+                if passed or doomed or last:
+                    break
+            trial = self._note(self.budgets[place], True, paired, densities, share / LOOKS, passed)
+            if passed:
+                return self._cell(Status.SAFE, trial)
+            if place == len(self.budgets) - 1:
+                break
+            place += 1
+        return self._cell(Status.UNSAFE if doomed and place == len(self.budgets) - 1 else Status.UNSHOWN)
+
+    def _add(self, paired: Paired, seed: int, budget: Budget, dense: tuple[float, ...] | None = None) -> float:
+        """Ask about a context under the budget. Returns the share computed.
+
+        Without ``dense`` the dense model is asked only if something was wrong. Else it is taken to be right, which can
+        only raise the loss: what it may have got wrong there would have been gained.
+        """
+        outcome = self.meter.run(self.task.name, self.length, self.goal.seed + seed, budget)
+        self._asked += len(outcome.scores)
+        self.tick(f"{self.task.name} {self.length} {budget}")
+        if dense is None:
+            dense = outcome.scores if min(outcome.scores) >= 1 else self._scores(seed, None)
+        paired.add(dense, outcome.scores)
+        return outcome.density
+
+    def _dense_scores(self, seed: int) -> tuple[float, ...]:
+        scores = self._scores(seed, None)
+        if seed not in self._seen:
+            self._seen.add(seed)
+            self._dense.add(scores, scores)
+        return scores
+
+    def _scores(self, seed: int, budget: Budget | None) -> tuple[float, ...]:
+        return self.meter.run(self.task.name, self.length, self.goal.seed + seed, budget).scores
+
+    def _note(
+        self, budget: Budget, held_out: bool, paired: Paired, densities: float, error: float, passed: bool
+    ) -> Trial:
+        trial = Trial(
+            budget,
+            held_out,
+            paired.questions,
+            paired.accuracy,
+            paired.loss,
+            paired.lower(error),
+            paired.upper(error),
+            densities / paired.contexts,
+            passed,
+        )
+        self.trials.append(trial)
+        return trial
+
+    def _cell(self, status: Status, trial: Trial | None = None) -> Cell:
+        head = (self.task.name, self.task.task_class, self.length, self.method, status)
+        asked, trials, accuracy = self._asked, tuple(self.trials), self._dense.accuracy
+        if trial is None:
+            return Cell(*head, accuracy=accuracy, questions=asked, trials=trials)
+        return Cell(*head, trial.budget, trial.density, accuracy, trial.loss, trial.high, asked, trials)
