@@ -134,7 +134,7 @@ def test_scores_and_rules_of_every_tuned_size_compile_without_spills(
 def test_rules_compile_for_every_row_length(monkeypatch: pytest.MonkeyPatch, kv_len: int) -> None:
     monkeypatch.setattr(spec, "_capability", lambda index: (9, 0))
     launches = scored_launches_for(torch.bfloat16, 128, segments=True, kv_len=kv_len, per_head=True)
-    rows = [one for one in launches if one.kernel.__name__ in ("_lists_from_scores", "_scores_from_parts")]
+    rows = [one for one in launches if one.kernel.__name__ in ("_lists_by_coverage", "_scores_from_parts")]
     check_launches(rows, (9, 0), torch.bfloat16)
 
 
