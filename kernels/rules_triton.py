@@ -17,7 +17,7 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.rules import Rule
 
-LEVEL_ROWS, LEVEL_COLUMNS = 8, 256
+LEVEL_ROWS, LEVEL_COLUMNS = 2, 256
 """Rows of a program and key blocks at a time, where neither sums nor ties need the whole row."""
 
 
@@ -33,7 +33,7 @@ def _band_of_rows(row, rows, q_len, kv_len, left, right, offset, Q_BLOCK: tl.con
 
 @triton.jit
 def _dial_of_head(dial_ptr, item, head, budget_stride_b, dial_stride_h, cap, LARGEST: tl.constexpr):
-    """A head's own dial, but never one that computes more than the cap does, and the cap for NaN."""
+    """A head's own dial in ``cap``'s shape, but never one that computes more than ``cap`` does, and that for NaN."""
     given = tl.load(dial_ptr + item * budget_stride_b + head * dial_stride_h)
     return tl.where((given > cap) if LARGEST else (given < cap), given, cap)
 
@@ -102,18 +102,19 @@ def _lists_by_level(
     flat = (groups - 1 - program % groups) * ROWS + tl.arange(0, ROWS)
     row = flat[:, None]
     plane = (item * heads + head).to(tl.int64)
-    first, last, low, high = _band_of_rows(row, rows, q_len, kv_len, left, right, offset, Q_BLOCK, KV_BLOCK)
-    dial = cap
+    first, last, low, high = _band_of_rows(flat, rows, q_len, kv_len, left, right, offset, Q_BLOCK, KV_BLOCK)
+    lane = tl.arange(0, COLUMNS)[None, :]
+    begin = tl.min(low, 0) // COLUMNS
+    end = (tl.max(high, 0) + COLUMNS) // COLUMNS
+    first, last, low, high = first[:, None], last[:, None], low[:, None], high[:, None]
+    dial = tl.zeros([ROWS, 1], tl.float32) + cap
     if HAS_DIALS:
-        dial = _dial_of_head(dial_ptr, item, head, budget_stride_b, dial_stride_h, cap, KEEP == "threshold")
+        dial = _dial_of_head(dial_ptr, item, head, budget_stride_b, dial_stride_h, dial, KEEP == "threshold")
     scores_at = None
     if KEEP == "threshold":
         scores_at = scores_ptr + (plane * rows + row) * blocks
     bits = allowed_ptr + item.to(tl.int64) * allowed_stride_b + head.to(tl.int64) * allowed_stride_h
     bits = bits + row.to(tl.int64) * blocks
-    lane = tl.arange(0, COLUMNS)[None, :]
-    begin = tl.min(tl.min(low, 1), 0) // COLUMNS
-    end = (tl.max(tl.max(high, 1), 0) + COLUMNS) // COLUMNS
 
     least = tl.zeros([ROWS, 1], tl.float32)
     if KEEP == "threshold":
@@ -131,10 +132,9 @@ def _lists_by_level(
     for chunk in range(begin, end):
         column = chunk * COLUMNS + lane
         score, allowed = _scores_in_band(scores_at, bits, column, low, high, HAS_ALLOWED)
+        chosen = allowed & (column < low + sink)
         if HAS_ALLOWED:
             chosen = allowed & (seen[:, None] + tl.cumsum(allowed.to(tl.int32), 1) <= sink)
-        else:
-            chosen = allowed & (column < low + sink)
         if KEEP == "window":
             tokens = tl.maximum(dial, 1.0).to(tl.int32)
             behind = column * KV_BLOCK + KV_BLOCK > first - tokens + 1
@@ -217,7 +217,7 @@ def _lists_by_coverage(
     plane = (item * heads + head).to(tl.int64)
     in_rows = row < rows
 
-    first, last, low, high = _band_of_rows(row, rows, q_len, kv_len, left, right, offset, Q_BLOCK, KV_BLOCK)
+    _, last, low, high = _band_of_rows(row, rows, q_len, kv_len, left, right, offset, Q_BLOCK, KV_BLOCK)
     allowed = (column >= low) & (column <= high)
     if HAS_ALLOWED:
         bits = allowed_ptr + item.to(tl.int64) * allowed_stride_b + head.to(tl.int64) * allowed_stride_h
@@ -225,14 +225,13 @@ def _lists_by_coverage(
         allowed = allowed & (tl.load(bits, mask=allowed, other=0) != 0)
     visible = tl.sum(allowed.to(tl.int32), 1)
 
-    dial = cap
+    dial = tl.zeros([ROWS, 1], tl.float32) + cap
     if HAS_DIALS:
-        dial = _dial_of_head(dial_ptr, item, head, budget_stride_b, dial_stride_h, cap, False)
+        dial = _dial_of_head(dial_ptr, item, head, budget_stride_b, dial_stride_h, dial, False)
 
+    chosen = allowed & (column < low + sink)
     if HAS_ALLOWED:
         chosen = allowed & (tl.cumsum(allowed.to(tl.int32), 1) <= sink)
-    else:
-        chosen = allowed & (column < low + sink)
     diagonal = tl.where(last >= 0, tl.maximum(last, 0) // KV_BLOCK, -1)
     chosen = chosen | (allowed & (column <= diagonal) & (column > diagonal - near))
     chosen = chosen | (allowed & (row >= dense_from))
@@ -346,9 +345,9 @@ def rule_launch(
         "HAS_Q_UNLIKE": q_unlike is not None,
         "COUNT": counter is not None,
     }
-    if not by_coverage:
-        arguments["KEEP"] = rule.keep
-    kernel = _lists_by_coverage if by_coverage else _lists_by_level
-    warps = {8192: 8}.get(columns, 4)
-    launch = Launch(kernel, (list_batch * list_heads * groups,), arguments, {"num_warps": warps})
+    grid = (list_batch * list_heads * groups,)
+    if by_coverage:
+        launch = Launch(_lists_by_coverage, grid, arguments, {"num_warps": {8192: 8}.get(columns, 4)})
+    else:  # one warp: its scans need no barrier
+        launch = Launch(_lists_by_level, grid, arguments | {"KEEP": rule.keep}, {"num_warps": 1})
     return launch, counts, lists

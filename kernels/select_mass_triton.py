@@ -193,7 +193,7 @@ def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], se
         return MassTile(32, 8, 1)
     if head_dim > 128:
         return MassTile(64, 8, 1 if capability[0] == 8 else 2)
-    return MassTile(64, 8, 2) if segments else MassTile(64, 4, 2)
+    return MassTile(64, 8, 2) if segments else MassTile(64, 8, 2, 2)
 
 
 def mass_launch(
