@@ -49,14 +49,13 @@ METHODS: dict[str, Method] = {
     "xattention 0.9, stride 8": XAttention(0.9, stride=8),
 }
 TILES = (
-    *(MassTile(64, 4, stages) for stages in (1, 2, 3)),
-    *(MassTile(64, 8, stages, 2) for stages in (1, 2, 3)),
-    *(MassTile(64, 4, stages, 2) for stages in (2, 3)),
+    *(MassTile(64, 4, stages) for stages in (2, 3)),
+    *(MassTile(64, 8, stages, 2) for stages in (2, 3)),
+    MassTile(64, 4, 2, 2),
     MassTile(128, 8, 2, 2),
-    MassTile(64, 8, 2, 4),
     MassTile(64, 16, 2, 4),
 )
-LEVELS = ((1, 256), (1, 512), (2, 128), (2, 256), (4, 128))
+LEVELS = ((1, 256), (1, 512), (2, 128), (2, 256))
 """Rows of a program and key blocks at a time of the lists by level."""
 
 
@@ -224,11 +223,11 @@ def tile_records(length: int, repetitions: int) -> list[dict[str, Any]]:
     records = []
     times = shuffled(runs, repetitions)
     attention = statistics.median(times["graph attention 0.10"])
-    for name, found in times.items():
-        median = statistics.median(found)
+    for name, taken in times.items():
+        median = statistics.median(taken)
         speed = f"{flops / median / 1e9:5.0f} TF/s" if name.startswith("Mass") else f"{median / attention:10.1%}"
         print(f"{length:>6} {name:70} {median:8.3f} ms {speed} {checked.get(name, '')}")
-        records.append({"what": name, "length": length, "graph_ms": median, "min_ms": min(found), "max_ms": max(found)})
+        records.append({"what": name, "length": length, "graph_ms": median, "min_ms": min(taken), "max_ms": max(taken)})
         records[-1] |= {"checked": checked[name]} if name in checked else {}
     return records
 
