@@ -173,27 +173,29 @@ def _mass_scores(
 
 
 class MassTile(NamedTuple):
-    """Key blocks per step, warps, and stages of the load pipeline.
+    """Key blocks per step, warps, stages of the load pipeline, and query blocks of a program.
 
-    Two programs of a sm_90 tile fit on one SM: one takes exponentials while the other multiplies.
+    Reading the means is what bounds a program of few queries. Two programs of a sm_90 tile fit on one SM: one takes
+    exponentials while the other multiplies.
     """
 
     tile: int
     num_warps: int
     num_stages: int
     rows: int = 1
-    """Query blocks of a program: what it reads of the means is shared by them."""
-    registers: int = 0
-    """Most registers a thread may use, so that more programs fit on an SM; 0: the compiler's choice."""
 
 
 def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], segments: bool) -> MassTile:
-    """The tile for a dtype and padded head size on a CUDA target. Sized not to spill; not yet timed against others."""
+    """The tile for a dtype and padded head size on a CUDA target. Sized not to spill; timed on sm_90 alone."""
     if dtype == torch.float32:
         return MassTile(32, 8, 1)
     if head_dim > 128:
-        return MassTile(64, 8, 1 if capability[0] == 8 else 2)
-    return MassTile(64, 8, 2) if segments else MassTile(64, 8, 2, 2)
+        if capability[0] == 8:
+            return MassTile(32 if segments else 64, 8, 1)
+        return MassTile(64, 8, 2)
+    if segments:
+        return MassTile(64, 8, 2)
+    return MassTile(64, 4, 2) if capability[0] == 8 else MassTile(64, 8, 2, 2)
 
 
 def mass_launch(
@@ -247,6 +249,4 @@ def mass_launch(
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.registers:
-        options["maxnreg"] = tile.registers
     return Launch(_mass_scores, (batch * heads * ceil_div(rows, tile.rows),), arguments, options), scores

@@ -34,8 +34,8 @@ FLAT = 0.15
 
 CONCENTRATED: dict[str, float] = {"local": 0.45, "diffuse": 1 / 32, "topic_logit": 11.0, "elsewhere": 0.1}
 """Arguments of ``structured_inputs`` for attention on fewer blocks: one head of 32 is diffuse, topics stand out, near
-tokens hold more. FlashPrefill's rule (``Threshold(0.08)``) computes about 13% at 32K tokens and 5% at 128K there, with
-the defaults 34% and 18%."""
+tokens hold more. FlashPrefill's rule (``Threshold(0.08)``) computes 12% at 32K tokens and 6% at 128K of them, with the
+defaults 34% and 18%."""
 
 _KEY_NOISE = 1.0 / TOPIC_LOGIT  # times the topic's part of a query: a standard deviation of 1
 _KEY_GAIN = 2.5  # queries and keys get entries of about the same size, near 1
