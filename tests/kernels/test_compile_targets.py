@@ -115,6 +115,20 @@ def test_scores_and_rules_compile_without_spills(
     check_launches(scored_launches_for(dtype, head_dim, segments=True, per_head=True), capability, dtype)
 
 
+@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
+def test_scores_of_every_query_compile_without_segments(
+    monkeypatch: pytest.MonkeyPatch, capability: spec.Capability
+) -> None:
+    monkeypatch.setattr(spec, "_capability", lambda index: capability)
+    launches = scored_launches_for(torch.bfloat16, 128, segments=False, kv_len=2**17)
+    (mass,) = (one for one in launches if one.kernel.__name__ == "_mass_scores")
+    check_launches([mass], capability, torch.bfloat16)
+    if capability == (9, 0):  # two programs of 8 warps on a multiprocessor, or they cannot take turns
+        used = resources(compile_launch(mass, capability))
+        assert used["REG"] <= 65536 // (2 * 32 * mass.options["num_warps"]), used
+        assert used["SHARED"] <= 227 * 1024 // 2, used
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
 @pytest.mark.parametrize(("dtype", "head_dim", "segments"), SLOW, ids=str)
@@ -134,7 +148,7 @@ def test_scores_and_rules_of_every_tuned_size_compile_without_spills(
 def test_rules_compile_for_every_row_length(monkeypatch: pytest.MonkeyPatch, kv_len: int) -> None:
     monkeypatch.setattr(spec, "_capability", lambda index: (9, 0))
     launches = scored_launches_for(torch.bfloat16, 128, segments=True, kv_len=kv_len, per_head=True)
-    rows = [one for one in launches if one.kernel.__name__ in ("_lists_from_scores", "_scores_from_parts")]
+    rows = [one for one in launches if one.kernel.__name__ in ("_lists_by_coverage", "_scores_from_parts")]
     check_launches(rows, (9, 0), torch.bfloat16)
 
 

@@ -18,11 +18,17 @@ from tests.kernels.select_cases import assert_rule_holds, rules, score_error, to
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels import select_antidiagonal_triton
+from sparsepass.kernels import prepared, rules_triton, select_antidiagonal_triton
 from sparsepass.kernels.launch import run_all
 from sparsepass.kernels.reference import listed_blocks
-from sparsepass.kernels.reference_select import always_listed_reference, self_similarity_reference
+from sparsepass.kernels.reference_select import (
+    always_listed_reference,
+    block_logits_reference,
+    self_similarity_reference,
+)
 from sparsepass.kernels.rules import Rule
+from sparsepass.kernels.rules_triton import rule_launch
+from sparsepass.kernels.select_mass_triton import MassTile, mass_launch
 from sparsepass.kernels.select_scored_triton import scored_launches, select_scored_cuda
 from sparsepass.kernels.select_triton import select_blocks_cuda
 
@@ -81,6 +87,47 @@ def test_nonfinite_inputs_keep_lists_valid(case: Case, rule: Rule) -> None:
     assert not (listed & ~named).any()
 
 
+@pytest.mark.parametrize(("scale", "left", "right"), [(0.3, -1, 0), (-0.3, 100, 0), (0.2, -1, -1)])
+def test_query_blocks_of_a_program_change_no_score(scale: float, left: int, right: int) -> None:
+    block = 64 if GPU else 16
+    length = 5 * block - 5  # an odd number of query blocks, the last one ragged
+    q, k = torch.randn(1, 2, length, 64 if GPU else 16, device=DEVICE).half().split(1, 1)
+    mask: dict[str, Any] = {"left": left, "right": right, "offset": 0, "q_segments": None, "kv_segments": None}
+    mask |= {"scale": scale, "q_block": block, "kv_block": block}
+    rule = Rule("threshold", 0.3, "mass")
+    launches, _, _ = scored_launches(q, k, **mask, rule=rule, dial=None, counter=None)
+    run_all(launches, q.device)
+    given = launches[1].arguments
+    wanted = block_logits_reference(q, k, score="mass", stride=16, **mask)
+    there = wanted.isfinite()
+    band = {name: given[name] for name in ("q_len", "kv_len", "left", "right", "offset")}
+    for rows in (1, 2, 4):
+        tile = MassTile(64, 8, 2, rows)
+        with poisoned_empty():
+            launch, scores = mass_launch(q, given["k_means_ptr"], None, None, scale, band, block, block, tile)
+        run_all([launch], q.device)
+        assert (scores.double() - wanted)[there].abs().max() < 0.01
+        torch.testing.assert_close(scores[there], given["scores_ptr"][there], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [1 << 30, 300])
+def test_long_rows_are_listed_in_several_steps(monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    monkeypatch.setattr(rules_triton, "LEVEL_ROWS", 8)
+    band = {"q_len": 600, "kv_len": 600, "left": left, "right": 0, "offset": 0}
+    scores = torch.randn(1, 1, 38, 38, device=DEVICE)
+    given: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1, "q_block": 16, "kv_block": 16, "scores": scores}
+    given |= {"allowed": None, "dial": None, "q_unlike": None, "k_unlike": None, "counter": None, "like": scores}
+    found = []
+    for columns in (64, 16):
+        monkeypatch.setattr(rules_triton, "LEVEL_COLUMNS", columns)
+        with poisoned_empty():
+            launch, *lists = rule_launch(Rule("threshold", 0.3, "mass", sink=2, last=1), band, **given)
+        run_all([launch], scores.device)
+        found.append(lists)
+    assert all(torch.equal(whole, parts) for whole, parts in zip(*found, strict=True))
+    assert int(found[0][0][0, 0, -1]) > 16
+
+
 @pytest.mark.parametrize("keep", ["threshold", "coverage"])
 def test_ties_go_to_the_lower_index(keep: Any) -> None:
     block = 64 if GPU else 16
@@ -113,8 +160,6 @@ def test_heads_share_one_buffer_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     rule = Rule("coverage", 0.6, "antidiagonal", stride=8)
     whole = select_scored_cuda(q, k, **mask, rule=rule)
     monkeypatch.setattr(select_antidiagonal_triton, "PARTS_BYTES", 3 * 4 * (5 * block // 8) * 5)
-    from sparsepass.kernels import prepared
-
     monkeypatch.setattr(prepared, "_prepared", {})
     parts = select_scored_cuda(q, k, **mask, rule=rule)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
