@@ -436,7 +436,11 @@ def _attend_columns(
                 BLOCK_DV, DIM_STEP, SIGN, True, HAS_SEGMENTS, CHANGED, PRECISION,
             )  # fmt: skip
         tl.store(flags_ptr + program, flag)
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        share = tl.where(total == 0.0, 1.0, total)[:, None]
+        if out_ptr.dtype.element_ty == tl.float32:  # the other division may be off by two units in the last place
+            out = tl.div_rn(acc, tl.broadcast_to(share, acc.shape))
+        else:
+            out = acc / share
         tl.store(outs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
         lse = (tl.where(total == 0.0, 0.0, top) + tl.math.log2(total)) * 0.6931471805599453
         tl.store(lses, lse, mask=inside)
