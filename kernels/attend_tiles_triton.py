@@ -304,10 +304,8 @@ def attend_tile(
 
     # total is 0 only for rows that saw nothing: their acc is 0 and their log-sum-exp -inf.
     share = tl.where(total == 0.0, 1.0, total)[:, None]
-    if out_ptr.dtype.element_ty == tl.float32:  # the other division may be off by two units in the last place
-        out = tl.div_rn(acc, tl.broadcast_to(share, acc.shape))
-    else:
-        out = acc / share
+    FULL: tl.constexpr = out_ptr.dtype.element_ty == tl.float32  # else it may be off by two units in the last place
+    out = tl.div_rn(acc, tl.broadcast_to(share, acc.shape)) if FULL else acc / share
     heads = kv_heads * group
     out_row = (item64 * q_len + token64) * heads + head
     tl.store(

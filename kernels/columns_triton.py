@@ -437,10 +437,8 @@ def _attend_columns(
             )  # fmt: skip
         tl.store(flags_ptr + program, flag)
         share = tl.where(total == 0.0, 1.0, total)[:, None]
-        if out_ptr.dtype.element_ty == tl.float32:  # the other division may be off by two units in the last place
-            out = tl.div_rn(acc, tl.broadcast_to(share, acc.shape))
-        else:
-            out = acc / share
+        FULL: tl.constexpr = out_ptr.dtype.element_ty == tl.float32  # else it may be off by two units in the last place
+        out = tl.div_rn(acc, tl.broadcast_to(share, acc.shape)) if FULL else acc / share
         tl.store(outs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
         lse = (tl.where(total == 0.0, 0.0, top) + tl.math.log2(total)) * 0.6931471805599453
         tl.store(lses, lse, mask=inside)
