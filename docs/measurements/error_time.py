@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sparsepass.bench import machine, ours
 from sparsepass.bench.baselines import dense_call
+from sparsepass.bench.plots import colors
 from sparsepass.bench.problem import Problem, Shape, make_problem
 from sparsepass.bench.timing import Clock, Effort, summary, time_variants
 from sparsepass.methods import AShape, FlexPrefill, Full, Method, PooledTopK, Threshold, TopP, VerticalSlash, XAttention
@@ -264,6 +265,7 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
     figure, panels = pyplot.subplots(1, len(lengths), figsize=size, layout="constrained", squeeze=False)
     for axes, length in zip(panels[0], lengths, strict=True):
         here = [r for r in records if r["length"] == length]
+        axes.set_prop_cycle(color=colors())
         for curve in dict.fromkeys(r["curve"] for r in here if r["curve"] not in ("dense", "full")):
             points = sorted((r["median_ms"], r["error"], "default" in r) for r in here if r["curve"] == curve)
             style = {"marker": "*", "markersize": 12, "linestyle": "--"} if points[0][2] else {"marker": "o"}
