@@ -18,6 +18,7 @@ from sparsepass.match import Attention, Match, NearMiss, Pattern, Term, same_siz
 from sparsepass.patterns.axes import Atom, Axes, Dims, NotRegrouped
 from sparsepass.patterns.below import Below, read_below
 from sparsepass.patterns.gate import with_gate
+from sparsepass.patterns.known import known_spelling
 from sparsepass.patterns.products import Product, product_of
 from sparsepass.patterns.repeat_kv import both_without_repeat
 from sparsepass.patterns.score_chain import Chain, Kind, NoProduct, Step, Unclear, node_name, read_chain
@@ -43,15 +44,21 @@ def check(match: Match) -> Attention | Skip | NearMiss:
     try:
         chain = read_chain(match.view, softmax)
     except NoProduct as unclear:
-        return NearMiss("written_out", 0, unclear.reason, unclear.nodes)
+        known = known_spelling(match.view, softmax, unclear.reason)
+        return Skip(known, unclear.nodes) if known else NearMiss("written_out", 0, unclear.reason, unclear.nodes)
     except Unclear as unclear:
-        return Skip(unclear.reason, unclear.nodes)
+        return _refused(match.view, softmax, unclear.reason, unclear.nodes)
     try:
         return _Assembly(match, softmax, chain).run()
     except Unclear as unclear:
-        return Skip(unclear.reason, unclear.nodes)
+        return _refused(match.view, softmax, unclear.reason, unclear.nodes)
     except NotRegrouped as moved:
-        return Skip(f"the dimensions of this attention are not followed: {moved}", (softmax.name,))
+        reason = f"the dimensions of this attention are not followed: {moved}"
+        return _refused(match.view, softmax, reason, (softmax.name,))
+
+
+def _refused(view: CanonicalGraph, softmax: fx.Node, reason: str, nodes: tuple[str, ...]) -> Skip:
+    return Skip(known_spelling(view, softmax, reason) or reason, nodes)
 
 
 class _Assembly:
@@ -162,13 +169,13 @@ class _Assembly:
 
     def _check_inside(self, below: Below) -> None:
         inside = self._inside() | below.inside
-        for node in inside - {below.output}:
+        for node in sorted(inside - {below.output}, key=self.view.order.__getitem__):
             for user in self.view.users(node):
                 if user not in inside:
                     raise Unclear(used_outside(node, user), node, user)
 
     def _inside(self) -> set[fx.Node]:
-        found = {self.softmax, self.chain.product}
+        found = {self.softmax, *self.view.parts.get(self.softmax, ()), self.chain.product}
         for step in self.chain.steps:
             found |= {step.node, *step.also}
         return found

@@ -174,7 +174,7 @@ class _Search:
         self.unify(own[0], anchor)
         self.descend(own[0], anchor)
         output = self.nodes[self.form.output]
-        inside = set(self.nodes.values())
+        inside = {part for node in self.nodes.values() for part in (node, *self.view.parts.get(node, ()))}
         for node in inside - {output}:
             outside = [user for user in self.view.users(node) if user not in inside]
             if outside:
