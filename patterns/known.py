@@ -24,6 +24,8 @@ _MOVES = frozenset({"reshape", "transpose", "permute", "unsqueeze", "squeeze", "
 _OVERLAPS = frozenset({"as_strided", "unfold"})
 _PICKS = frozenset({"gather", "index_select", "take_along_dim"})
 _SORTS = frozenset({"argsort", "sort"})
+_SUMS = frozenset({"softmax", "log_softmax", "logsumexp", "sum"})
+"""What another attention yields is no score of this one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def origin(view: CanonicalGraph, softmax: fx.Node) -> Origin:
             products.append(node)
             continue
         op = view.ops[node]
+        if op.name in _SUMS:
+            continue
         if op.name == "cat" and op.params == (("dim", -1),) and joined is None:
             parts = [view.resolve(one) for one in op.operands]
             joined = node if all(isinstance(one, fx.Node) and leads_to_product(view, one) for one in parts) else None

@@ -229,7 +229,7 @@ class _Assembly:
             scale=scale,
             masks=terms,
             softcap=softcap,
-            sinks=self._sinks(below, tuple(heads)),
+            sinks=self._sinks(below, groups),
             restore=restore,
             dropout_p=below.dropout_p,
             region=frozenset(self._inside() | below.inside | {output}),
@@ -294,7 +294,8 @@ class _Assembly:
             return term
         return self._made(term, self.axes.steps(seen, whole, fill=False))
 
-    def _sinks(self, below: Below, heads: tuple[Atom, ...]) -> Operand | None:
+    def _sinks(self, below: Below, groups: Dims) -> Operand | None:
+        """[H], or [B or 1, H or 1, Sq] where they are computed per query; ``groups``: batch, heads, queries."""
         if below.sink is not None:
             operand, dims = below.sink
         elif self.reading.sink is not None:
@@ -303,12 +304,17 @@ class _Assembly:
         else:
             return None
         source, kept = self._unexpanded(operand, self.axes.of(dims)[len(dims) - len(shape(operand)) :])
-        if any(atom not in heads for dim in kept for atom in dim):
+        held = {atom for dim in kept for atom in dim}
+        if held <= set(groups[1]):
+            sinks = self._made(source, self.axes.steps(kept, (groups[1],)))
+        elif held & set(groups[2]):
+            sinks = self._made(source, self.axes.steps(kept, groups, fill=False))
+        else:
             raise Unclear(
-                f"the sinks {operand.name!r} differ from query to query or from row to row; one per head is supported",
+                f"the sinks {operand.name!r} differ from row to row of the batch and not by query; one per head, or one "
+                "per query, is supported",
                 operand,
             )
-        sinks = self._made(source, self.axes.steps(kept, (heads,)))
         return sinks if not self.reading.constant else self.maker.call(torch.sub, sinks, self.reading.constant)
 
     def _unexpanded(self, operand: Operand, dims: Dims) -> tuple[Operand, Dims]:

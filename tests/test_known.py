@@ -64,7 +64,7 @@ def banded(q: T, k: T, v: T) -> T:
     band[:, :, :-1, :, W:] = product[:, :, :, :W, W:]
     band[:, :, 1:, :, :W] = product[:, :, :, W:, :W]
     p = F.softmax(band, dim=-1)
-    return torch.matmul(p, F.pad(v, (0, 0, W, 0)).unfold(2, 2 * W, W).transpose(-1, -2))
+    return torch.matmul(p, windows(F.pad(v, (0, 0, W, 0))))
 
 
 def local_and_global(q: T, k: T, v: T) -> T:
@@ -167,6 +167,29 @@ def test_softmaxes_over_other_things_are_not_named() -> None:
 
     found = findings(router, *qkv())
     assert (sites(found), reasons(found)) == (0, [])
+
+
+def test_weights_that_are_no_softmax_are_none() -> None:
+    """Written with a sum, as a softmax is, but of something else."""
+
+    def of_half(q: T, k: T, v: T) -> T:
+        scores = q @ k.mT
+        return torch.exp(scores - torch.logsumexp(scores * 0.5, dim=-1, keepdim=True)) @ v
+
+    def of_squares(q: T, k: T, v: T) -> T:
+        weights = torch.exp(q @ k.mT)
+        return weights / weights.square().sum(-1, keepdim=True) @ v
+
+    def of_everything(q: T, k: T, v: T) -> T:
+        weights = torch.exp(q @ k.mT)
+        return weights / weights.sum((-2, -1), keepdim=True) @ v
+
+    def turned(q: T, k: T, v: T) -> T:
+        weights = torch.exp(q @ k.mT)
+        return weights.sum(-1, keepdim=True) / weights @ v
+
+    for written in (of_half, of_squares, of_everything, turned):
+        assert sites(findings(written, *qkv())) == 0, written
 
 
 MODELS = {
