@@ -59,8 +59,8 @@ def hidden_at_most(dtype: torch.dtype) -> float:
 def check_scores(scores: Scores | None, query: Tensor, key: Tensor, *, by_query: bool = False) -> Scores | None:
     """``scores`` in the kernels' form, None where there are none; slopes become [B or 1, H] and sinks float32.
 
-    Raises ``KernelInputError`` unless they fit query [B, H, Sq, D] and key [B, Hkv, Skv, D]. ``by_query``: whether sinks
-    per query are taken; the kernels themselves have none (``sinks_apart``).
+    Raises ``KernelInputError`` unless they fit query [B, H, Sq, D] and key [B, Hkv, Skv, D]. ``by_query``: whether
+    sinks per query are taken; the kernels themselves have none (``sinks_apart``).
     """
     if scores is None or not scores.given:
         return None

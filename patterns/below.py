@@ -71,7 +71,7 @@ def _next(view: CanonicalGraph, node: fx.Node) -> fx.Node:
     users = view.users(node)
     if not users and node.users:
         raise Unclear(
-            f"nothing uses what {node.name!r} is for: this attention has no effect here, and the compiler leaves it out",
+            f"nothing uses what {node.name!r} is for: this attention has no effect, and the compiler leaves it out",
             node,
         )
     if not users:

@@ -70,9 +70,8 @@ def origin(view: CanonicalGraph, softmax: fx.Node) -> Origin:
 def _written_into(node: fx.Node) -> Iterator[fx.Node]:
     """What is written into parts of a node's memory: ``node[..] = piece``."""
     for user in node.users:
-        if user.target in (operator.setitem, "__setitem__") and user.args[0] is node:
-            if isinstance(user.args[2], fx.Node):
-                yield user.args[2]
+        if user.target is operator.setitem and user.args[0] is node and isinstance(user.args[2], fx.Node):
+            yield user.args[2]
 
 
 def _above(view: CanonicalGraph, node: Operand, most: int) -> Iterator[fx.Node]:

@@ -213,8 +213,8 @@ def _check_known(view: CanonicalGraph, node: fx.Node, scores: Operand, fill: Ope
     single = isinstance(fill, fx.Node) and isinstance(value(fill), torch.Tensor) and not shape(fill)
     if single and isinstance(scores, fx.Node) and leads_to_product(view, scores):
         raise Unclear(
-            f"{node.name!r} puts {fill.name!r} in the place of scores, a tensor whose value is not known when the graph "
-            f"is compiled; a number of {HIDES:g} or less hides a key",
+            f"{node.name!r} puts {fill.name!r} in the place of scores, a tensor whose value is not known when the "
+            f"graph is compiled; a number of {HIDES:g} or less hides a key",
             node,
             fill,
         )

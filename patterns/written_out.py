@@ -311,8 +311,8 @@ class _Assembly:
             sinks = self._made(source, self.axes.steps(kept, groups, fill=False))
         else:
             raise Unclear(
-                f"the sinks {operand.name!r} differ from row to row of the batch and not by query; one per head, or one "
-                "per query, is supported",
+                f"the sinks {operand.name!r} differ from row to row of the batch and not by query; one per head, or "
+                "one per query, is supported",
                 operand,
             )
         return sinks if not self.reading.constant else self.maker.call(torch.sub, sinks, self.reading.constant)

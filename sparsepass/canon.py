@@ -434,9 +434,9 @@ class CanonicalGraph:
                 scores, total = (self.resolve(operand) for operand in above[0].operands)
                 if self._reduces(total, "logsumexp", scores):
                     return self._composed(node, self.ops[total], scores, found[0], total)
-        if op.name == "div" and above[0] is not None and above[0].name == "exp":
-            if self._reduces(found[1], "sum", found[0]):
-                return self._composed(node, self.ops[found[1]], above[0].operands[0], found[0], found[1])
+        weights = op.name == "div" and above[0] is not None and above[0].name == "exp"
+        if weights and self._reduces(found[1], "sum", found[0]):
+            return self._composed(node, self.ops[found[1]], self.ops[found[0]].operands[0], found[0], found[1])
         return op
 
     def _reduces(self, node: Operand, name: str, source: Operand) -> bool:
