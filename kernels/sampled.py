@@ -78,7 +78,7 @@ def kept_mass(
     exact = exact_lse(query, key, rows, scale=scale, visible=visible, scores=scores)
     sinks = None if scores is None else scores.sinks
     if sinks is not None:
-        sinks = sinks[:, None] if sinks.dim() == 1 else sinks.index_select(2, rows)
+        sinks = sinks[:, None] if sinks.dim() == 1 else _part(sinks[..., None], rows, 0, 1)[..., 0]
     whole = exact if sinks is None else torch.logaddexp(exact, sinks.to(exact.dtype))
     kept = (lse.index_select(2, rows).to(exact.dtype) - whole).exp().clamp(max=1.0)  # rounding may pass 1
     return torch.where(exact == -torch.inf, torch.nan, kept).float()

@@ -25,7 +25,7 @@ class Scores:
     or 1, Skv or 1], any strides, ``s += bias``; -inf hides the pair, and so does all that is at most half the type's
     least finite number, since models write masks so. ``mask``: bool of such a shape, False hides. ``sinks``: a float
     type, [H], a logit per head that joins the softmax's sum and has no value (GPT-OSS), or one per query, [B or 1, H or
-    1, Sq] (Inkling 2).
+    1, Sq or 1] (Inkling 2).
 
     A row that sees nothing gives 0 and a log-sum-exp of -inf, with a sink 0 and the sink.
     """
@@ -91,9 +91,9 @@ def check_scores(scores: Scores | None, query: Tensor, key: Tensor, *, by_query:
         own = tuple(sinks.shape)
         fits = own == (heads,)
         if by_query and len(own) == 3:
-            fits = own[0] in (1, batch) and own[1] in (1, heads) and own[2] == q_len
+            fits = own[0] in (1, batch) and own[1] in (1, heads) and own[2] in (1, q_len)
         if not fits or not sinks.is_floating_point() or sinks.device != query.device:
-            more = f" or [{batch} or 1, {heads} or 1, {q_len}]" if by_query else ""
+            more = f" or [{batch} or 1, {heads} or 1, {q_len} or 1]" if by_query else ""
             raise KernelInputError(
                 f"sinks is {sinks.dtype} {own} on {sinks.device}; accepted is a float type [{heads}]{more} on "
                 f"{query.device}."
@@ -103,7 +103,7 @@ def check_scores(scores: Scores | None, query: Tensor, key: Tensor, *, by_query:
 
 
 def sinks_apart(scores: Scores | None) -> tuple[Scores | None, Tensor | None]:
-    """Checked scores as the kernels take them, and sinks per query [B or 1, H or 1, Sq], which ``with_sinks`` adds."""
+    """Checked scores as the kernels take them, and sinks per query [B or 1, H or 1, Sq or 1], for ``with_sinks``."""
     if scores is None or scores.sinks is None or scores.sinks.dim() == 1:
         return scores, None
     rest = replace(scores, sinks=None)
@@ -111,7 +111,7 @@ def sinks_apart(scores: Scores | None) -> tuple[Scores | None, Tensor | None]:
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention ``out`` [B, H, Sq, Dv] and its log-sum-exp [B, H, Sq] after sinks [B or 1, H or 1, Sq] joined each row.
+    """Attention ``out`` [B, H, Sq, Dv] and its log-sum-exp [B, H, Sq] after sinks [B or 1, H or 1, Sq or 1] joined.
 
     The weights shrink by ``sum / (sum + exp(sink))``. A row that sees nothing stays 0. ``out`` is written to.
     """

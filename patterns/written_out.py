@@ -295,7 +295,7 @@ class _Assembly:
         return self._made(term, self.axes.steps(seen, whole, fill=False))
 
     def _sinks(self, below: Below, groups: Dims) -> Operand | None:
-        """[H], or [B or 1, H or 1, Sq] where they are computed per query; ``groups``: batch, heads, queries."""
+        """[H], or [B or 1, H or 1, Sq or 1] where they are computed; ``groups``: the atoms of batch, heads, queries."""
         if below.sink is not None:
             operand, dims = below.sink
         elif self.reading.sink is not None:
@@ -304,17 +304,10 @@ class _Assembly:
         else:
             return None
         source, kept = self._unexpanded(operand, self.axes.of(dims)[len(dims) - len(shape(operand)) :])
-        held = {atom for dim in kept for atom in dim}
-        if held <= set(groups[1]):
-            sinks = self._made(source, self.axes.steps(kept, (groups[1],)))
-        elif held & set(groups[2]):
-            sinks = self._made(source, self.axes.steps(kept, groups, fill=False))
-        else:
-            raise Unclear(
-                f"the sinks {operand.name!r} differ from row to row of the batch and not by query; one per head, or "
-                "one per query, is supported",
-                operand,
-            )
+        by_head = all(atom in groups[1] for dim in kept for atom in dim)
+        sinks = self._made(
+            source, self.axes.steps(kept, (groups[1],)) if by_head else self.axes.steps(kept, groups, fill=False)
+        )
         return sinks if not self.reading.constant else self.maker.call(torch.sub, sinks, self.reading.constant)
 
     def _unexpanded(self, operand: Operand, dims: Dims) -> tuple[Operand, Dims]:

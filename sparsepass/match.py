@@ -59,7 +59,7 @@ class Attention:
     dropout_p: float = 0.0
     softcap: float | None = None
     sinks: Operand | None = None
-    """A float tensor [H], or [B or 1, H or 1, Sq]: logits that join each row's softmax and have no value."""
+    """A float tensor [H], or [B or 1, H or 1, Sq or 1]: logits that join each row's softmax and have no value."""
     restore: tuple[tuple[Any, ...], ...] = ()
     """Calls from [B, H, Sq, Dv] to what ``output`` yields, each (method or function, arguments...)."""
     region: frozenset[fx.Node] = frozenset()

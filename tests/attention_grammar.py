@@ -148,6 +148,7 @@ SOFTMAXES: dict[str, Callable[[T], T]] = {
 SINKS: dict[str, Callable[[Tensors], T]] = {
     "head": lambda t: t.sinks.reshape(1, -1, 1, 1).expand(BATCH, -1, LENGTH, -1),
     "query": lambda t: t.q[..., :1],
+    "item": lambda t: t.q[:, :1, :1, :1].expand(-1, HEADS, LENGTH, -1),
     "query_of_every_head": lambda t: t.q[:, :1, :, :1].expand(-1, HEADS, -1, -1),
 }
 

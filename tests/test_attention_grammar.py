@@ -183,12 +183,6 @@ def over_layers(t: Tensors) -> T:
     return torch.matmul(F.softmax(scores, dim=-1), states)
 
 
-def sink_by_item(t: Tensors) -> T:
-    scores = torch.matmul(t.q, t.k.transpose(2, 3))
-    sinks = t.q[:, :1, :1, :1].expand(-1, HEADS, LENGTH, -1)
-    return torch.matmul(F.softmax(torch.cat([scores, sinks], -1), dim=-1)[..., :-1], t.v)
-
-
 def sums_over_queries(t: Tensors) -> T:
     scores = torch.matmul(t.q, t.k.transpose(2, 3)) * 0.25
     return torch.matmul(torch.exp(scores - torch.logsumexp(scores, dim=-2, keepdim=True)), t.v)
@@ -232,7 +226,6 @@ NEAR_MISSES: dict[Callable[[Tensors], T], str] = {
     filled_with_zero: "puts 0 in the place of scores",
     negative_scale: "a scale is above 0",
     over_layers: "too few to be tokens",
-    sink_by_item: "differ from row to row of the batch",
     sums_over_queries: "sums the values over another",
     sum_used: "is also used by",
     sink_that_stays: "changes the probabilities",

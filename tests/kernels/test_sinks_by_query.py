@@ -20,10 +20,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OTHERS = ("softcap", "slopes", "bias", "mask")
 
 
-def with_sinks(inputs: Inputs, shared: tuple[bool, bool]) -> Inputs:
-    """The same problem with a sink per query; batch and heads may share theirs. One sees no key but its sink."""
-    batch, heads, rows = (1 if alone else size for alone, size in zip((*shared, False), inputs.q.shape, strict=False))
-    sinks = torch.randn(batch, heads, rows, generator=torch.Generator().manual_seed(rows)) * 2
+def with_sinks(inputs: Inputs, shared: tuple[bool, bool, bool]) -> Inputs:
+    """The same problem with a sink per query; batch, heads and queries may share theirs. The first have none."""
+    sizes = [1 if alone else size for alone, size in zip(shared, inputs.q.shape[:3], strict=True)]
+    sinks = torch.randn(sizes, generator=torch.Generator().manual_seed(sizes[2])) * 2
     sinks[..., 0] = -torch.inf
     return replace(inputs, scores=replace(inputs.scores or Scores(), sinks=sinks.to(inputs.q.device)))
 
@@ -41,9 +41,9 @@ def attend(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 @given(
     case=cases(dtypes=(torch.float32, torch.bfloat16), head_dims=(16, 32), terms=OTHERS),
-    shared=st.tuples(st.booleans(), st.booleans()),
+    shared=st.tuples(st.booleans(), st.booleans(), st.booleans()),
 )
-def test_they_match_the_reference(case: Case, shared: tuple[bool, bool]) -> None:
+def test_they_match_the_reference(case: Case, shared: tuple[bool, bool, bool]) -> None:
     inputs = with_sinks(case.tensors(DEVICE), shared)
     out, lse = attend(inputs)
     assert lse is not None
@@ -89,8 +89,8 @@ def test_what_was_kept_counts_them() -> None:
 
 def test_other_shapes_are_refused() -> None:
     q = torch.randn(2, 4, 64, 16, device=DEVICE)
-    for wrong in ((3, 4, 64), (2, 4, 63), (2, 4, 1), (4, 64)):
-        with pytest.raises(KernelInputError, match=r"\[4\] or \[2 or 1, 4 or 1, 64\]"):
+    for wrong in ((3, 4, 64), (2, 4, 63), (2, 3, 1), (4, 64)):
+        with pytest.raises(KernelInputError, match=r"\[4\] or \[2 or 1, 4 or 1, 64 or 1\]"):
             sparse_attention(q, q, q, density=1.0, sinks=torch.zeros(wrong, device=DEVICE))
     num = torch.ones(1, 1, 1, dtype=torch.int32)
     with pytest.raises(KernelInputError, match=r"a float type \[4\] on"):  # a kernel itself takes one per head
