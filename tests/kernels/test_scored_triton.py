@@ -157,11 +157,11 @@ def test_a_dial_never_computes_more_than_the_cap() -> None:
 
 def test_heads_share_one_buffer_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     block = 64 if GPU else 16
-    q, k = torch.randn(2, 4, 3 * block, 16, device=DEVICE), torch.randn(2, 2, 3 * block, 16, device=DEVICE)
+    q, k = torch.randn(2, 2, 5 * block, 16, device=DEVICE), torch.randn(2, 1, 5 * block, 16, device=DEVICE)
     mask: dict[str, Any] = {"scale": 1.0, "left": -1, "right": 0, "offset": 0, "q_block": block, "kv_block": block}
     rule = Rule("coverage", 0.6, "antidiagonal", stride=8)
     whole = select_scored_cuda(q, k, **mask, rule=rule)
-    monkeypatch.setattr(select_antidiagonal_triton, "PARTS_BYTES", 3 * 4 * (3 * block // 8) * 3)  # of three heads
+    monkeypatch.setattr(select_antidiagonal_triton, "PARTS_BYTES", 3 * 4 * (5 * block // 8) * 5)  # of three heads
     monkeypatch.setattr(prepared, "_prepared", {})
     parts = select_scored_cuda(q, k, **mask, rule=rule)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
