@@ -17,7 +17,7 @@ from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.rules import Rule
 
-LEVEL_ROWS, LEVEL_COLUMNS = 2, 256
+LEVEL_ROWS, LEVEL_COLUMNS = 1, 256
 """Rows of a program and key blocks at a time, where neither sums nor ties need the whole row."""
 
 

@@ -49,13 +49,11 @@ METHODS: dict[str, Method] = {
     "xattention 0.9, stride 8": XAttention(0.9, stride=8),
 }
 TILES = (
-    *(MassTile(64, 4, stages) for stages in (2, 3)),
-    *(MassTile(64, 8, stages, 2) for stages in (2, 3)),
-    MassTile(64, 4, 2, 2),
-    MassTile(128, 8, 2, 2),
-    MassTile(64, 16, 2, 4),
+    *(MassTile(64, 4, stages) for stages in (1, 2, 3)),
+    *(MassTile(64, 8, stages) for stages in (2, 3)),
+    MassTile(128, 8, 2),
 )
-LEVELS = ((1, 256), (1, 512), (2, 128), (2, 256))
+LEVELS = ((1, 256), (1, 512), (2, 128))
 """Rows of a program and key blocks at a time of the lists by level."""
 
 

@@ -129,10 +129,10 @@ def test_scores_of_every_query_compile_without_segments(
     launches = scored_launches_for(torch.bfloat16, 128, segments=False, kv_len=2**17)
     (mass,) = (one for one in launches if one.kernel.__name__ == "_mass_scores")
     check_launches([mass], capability, torch.bfloat16)
-    if capability == (9, 0):  # two programs of 8 warps on a multiprocessor, or they cannot take turns
+    if capability == (9, 0):  # three programs of four warps on a multiprocessor take turns; two were 18% slower
         used = resources(compile_launch(mass, capability))
-        assert used["REG"] <= 65536 // (2 * 32 * mass.options["num_warps"]), used
-        assert used["SHARED"] <= 227 * 1024 // 2, used
+        assert used["REG"] <= 65536 // (3 * 32 * mass.options["num_warps"]), used
+        assert used["SHARED"] <= 227 * 1024 // 3, used
 
 
 @pytest.mark.slow
