@@ -316,7 +316,7 @@ def _compute_rows(
             # The place of the queries, read anew: if both loops share one, ptxas 12.8 computes its descriptors before
             # the first loop alone, and the second reads what is not set where the first is skipped (``sass.py``).
             q = q_smem.index(_read(notes.index(8 * q_slot + 7)) + HALF).reshape([64, DIM])
-        pending = top
+        decay = gl.full([64], 1.0, gl.float32, ROW)
         partial = total
         if PARTIAL:
             OWN: gl.constexpr = _own_sum(weights).type.layout
@@ -335,17 +335,17 @@ def _compute_rows(
             if TURNS:
                 _named_barrier(THEIRS)
             scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
-            if LAG:
-                new_top = pending
-                pending = gl.maximum(pending, gl.max(scores, 1) * log2_scale)
-            else:
-                new_top = gl.maximum(top, gl.max(scores, 1) * log2_scale)
-            decay = gl.exp2(top - new_top)
-            weights = gl.exp2(scores * log2_scale - new_top[:, None])
+            new_top = gl.maximum(top, gl.max(scores, 1) * log2_scale)
+            if not LAG:
+                decay = gl.exp2(top - new_top)
+            weights = gl.exp2(scores * log2_scale - (top if LAG else new_top)[:, None])
             if PARTIAL:
                 partial = partial * _for_own(decay, weights) + _own_sum(weights)
             else:
                 partial = partial * decay + gl.sum(weights, 1)
+            last_decay = decay
+            if LAG:
+                decay = gl.exp2(top - new_top)
             top = new_top
             done = slot
             slot, phase = _next_slot(slot, phase, SLOTS)
@@ -354,7 +354,7 @@ def _compute_rows(
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             synchronize()
             mbarrier.arrive(empty.index(done), count=1)
-            acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
+            acc = acc * gl.convert_layout(last_decay, OUT_ROW)[:, None]
             packed = _pack(weights, DTYPE, PACKED)
         total = gl.convert_layout(gl.sum(partial, 1), ROW) if PARTIAL else partial
 
@@ -390,7 +390,7 @@ def _compute_rows(
         out_token = first + gl.arange(0, 64, layout=OUT_ROW)
         gl.store(redo_ptr + tile + out_token * 0, out_token * 0 + 1, mask=(odd != odd) & (out_token < q_len))
         if RETURN_LSE:
-            lse = (top + gl.log2(total)) * 0.6931471805599453
+            lse = (top + gl.log2(total * decay if LAG else total)) * 0.6931471805599453
             plane = item.to(gl.int64) * heads + head
             gl.store(lse_ptr + plane * q_len + token, lse, mask=token < q_len)
         tma.store_wait(0)  # the staging rows of the tile before have been read

@@ -251,12 +251,12 @@ def check() -> None:
 
 VARIANTS: dict[str, dict[str, bool]] = {
     "base": {},
-    "late": {"late": True},
+    "partial": {"partial": True},
     "lag": {"lag": True},
-    "late+lag": {"late": True, "lag": True},
+    "lag+partial": {"lag": True, "partial": True},
+    "lag+partial+turns": {"lag": True, "partial": True, "turns": True},
+    "partial+turns": {"partial": True, "turns": True},
     "late+lag+partial": {"late": True, "lag": True, "partial": True},
-    "late+partial": {"late": True, "partial": True},
-    "all+turns": {"late": True, "lag": True, "partial": True, "turns": True},
 }
 
 
@@ -355,7 +355,6 @@ def compare_variants(rounds: int) -> list[dict[str, Any]]:
     for case in (
         {"length": 32768, "density": 0.10, "head_dim": 64},
         {"length": 131072, "density": 0.10, "head_dim": 64},
-        {"length": 32768, "density": 0.10},
         {"length": 131072, "density": 0.10},
     ):
         head_dim = case.get("head_dim", 128)
