@@ -47,13 +47,15 @@ def _average_blocks(
     HAS_SEGMENTS: tl.constexpr,
     FIND_UNLIKE: tl.constexpr,
 ):
-    """Mean over one block of tokens, without those of segment -1. Grid: (blocks, heads, batch).
+    """Mean over one block of tokens, without those of segment -1. Grid: (heads, blocks, batch).
+
+    Models keep the heads of a token side by side, so neighboring programs read neighboring memory.
 
     FIND_UNLIKE: also whether the mean cosine of the block's pairs of tokens is under ``least``: the squared length of
     the mean of the tokens at length 1, so no pair is looked at. NaN counts as under.
     """
-    block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    block = tl.program_id(1)
     item = tl.program_id(2)
     dim = tl.arange(0, BLOCK_D)
     base = x_ptr + item.to(tl.int64) * x_stride_b + head.to(tl.int64) * x_stride_h
@@ -206,7 +208,7 @@ def average_launch(
         "HAS_SEGMENTS": segments is not None,
         "FIND_UNLIKE": unlike is not None,
     }
-    return Launch(_average_blocks, (blocks, heads, batch), arguments, {"num_warps": 8}), means, unlike
+    return Launch(_average_blocks, (heads, blocks, batch), arguments, {"num_warps": 8}), means, unlike
 
 
 def allowed_launches(

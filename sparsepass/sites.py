@@ -73,7 +73,8 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) ->
         if isinstance(outcome, Attention):
             matched.append(outcome)
         elif isinstance(outcome, Skip) or _looks_like_attention(view, node):
-            refused.append(Skip(str(outcome.reason), (node.name, *outcome.nodes)))
+            nodes = tuple(dict.fromkeys((node.name, *outcome.nodes)))
+            refused.append(Skip(str(outcome.reason), nodes, _module_path(node)))
     matched.sort(key=lambda attention: view.order[attention.output])  # what is made for one serves those after it
     sites = [_describe(index, attention, masks, view) for index, attention in enumerate(matched)]
     return Findings(tuple(sites), tuple(refused), view)

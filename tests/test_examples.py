@@ -39,6 +39,7 @@ SMALL = {
     "own_policy": ["--length", "1100", "--always-sparse"],
     "quickstart": ["--length", "1100", "--always-sparse", "--new-tokens", "2"],
     "serving_hints": ["--length", "1100", "--always-sparse"],
+    "unmatched_site": [],
     "watch_hints": ["--length", "2100", "--always-sparse", "--floor", "0.99"],
 }
 EXPECTED = {
@@ -63,6 +64,7 @@ EXPECTED = {
     "own_policy": ["at /rules/0/budget", "Did you mean 'density'", "1x pooled_topk(density=0.14)"],
     "quickstart": ["2 sparse (density", "2x pooled_topk(density=0.4)", "2 new tokens"],
     "serving_hints": ["threads: 6 requests", "asyncio: 6 requests", "that of its own hint: True"],
+    "unmatched_site": ["2 sparse (density", "1 not matched", "the scores are scaled by 'norm', which is computed from"],
     "watch_hints": ["request 5: logits differ", "After call 1: single_qa runs", "single_qa now runs as: dense"],
 }
 

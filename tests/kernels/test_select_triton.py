@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.testing import Case, cases, poisoned_empty
-from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPS, pytestmark  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -21,7 +21,7 @@ from sparsepass.kernels.blocks import blocks_per_row, list_width
 from sparsepass.kernels.reference import block_scores_reference, listed_blocks, select_blocks_reference
 from sparsepass.kernels.select_triton import select_blocks_cuda
 
-DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 72}
+DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 72, "groups": GROUPS}
 if GPU:
     DRAWN |= {
         "dtypes": (torch.bfloat16, torch.float32),
@@ -48,15 +48,15 @@ def differing_scores(case: Case, q: Tensor, k: Tensor, mask: dict[str, Any], got
 
 
 @settings(max_examples=EXAMPLES)
-@given(cases(**DRAWN), st.floats(0, 1.1), st.booleans())
-def test_selects_what_the_reference_selects(case: Case, density: float, per_head: bool) -> None:
+@given(cases(**DRAWN), st.floats(0, 1.1), st.booleans(), st.sampled_from([0, 1, 2, 99]))
+def test_selects_what_the_reference_selects(case: Case, density: float, per_head: bool, last: int) -> None:
     inputs = case.tensors(DEVICE)
     wanted: float | Tensor = density
     if per_head:
         wanted = torch.rand(case.batch, case.heads, generator=torch.Generator().manual_seed(case.seed)).to(DEVICE)
     counter = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    got = select(inputs.q, inputs.k, inputs.mask, density=wanted, counter=counter)
-    want = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=wanted)
+    got = select(inputs.q, inputs.k, inputs.mask, density=wanted, last=last, counter=counter)
+    want = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=wanted, last=last)
     assert torch.equal(got[0], want[0])
     assert differing_scores(case, inputs.q, inputs.k, inputs.mask, got, want) < 1e-4
     _, allowed, _ = block_scores_reference(inputs.q, inputs.k, **inputs.mask)
@@ -84,7 +84,7 @@ def test_ties_go_to_the_lower_index(case: Case, density: float) -> None:
     assert torch.equal(lists, expected)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=FEWER)
 @given(cases(**DRAWN, bad=True), st.floats(0, 1))
 def test_nonfinite_scores_keep_lists_valid_and_forced_blocks(case: Case, density: float) -> None:
     inputs = case.tensors(DEVICE)
