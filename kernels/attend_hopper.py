@@ -37,10 +37,6 @@ class HopperTile(NamedTuple):
     residents: int = 1
     registers: int = 240
     entry_registers: int = 0
-    late: bool = False
-    lag: bool = False
-    partial: bool = False
-    turns: bool = False
 
 
 TILES = (
@@ -197,10 +193,6 @@ def launch(
         "RETURN_LSE": lse is not None,
         "COMPUTE_REGISTERS": tile.registers,
         "LOAD_REGISTERS": LOAD_REGISTERS,
-        "LATE": tile.late,
-        "WITH_LAG": tile.lag,
-        "PARTIAL": tile.partial,
-        "TURNS": tile.turns,
     }
     options = {"num_warps": 4} | ({"maxnreg": tile.entry_registers} if tile.entry_registers else {})
     found = Launch(attend_hopper, (grid,), arguments, options)

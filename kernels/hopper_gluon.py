@@ -195,27 +195,6 @@ def _unpack(packed, DTYPE: gl.constexpr, PACKED: gl.constexpr):
 
 
 @gluon.jit
-def _own_sum(weights):
-    """Sums [64, 4] of the weights of each row that one of its four threads holds: no thread asks another."""
-    apart = weights.reshape([weights.shape[0], weights.shape[1] // 8, 4, 2])
-    return gl.sum(gl.sum(apart, 3), 1)
-
-
-@gluon.jit
-def _for_own(numbers, weights):
-    """One number per row as [64, 1], laid out to go with ``_own_sum`` of such weights."""
-    LAYOUT: gl.constexpr = _own_sum(weights).type.layout
-    return gl.convert_layout(numbers, gl.SliceLayout(1, LAYOUT))[:, None]
-
-
-@gluon.jit
-def _named_barrier(CODE: gl.constexpr):
-    """``bar.sync`` or ``bar.arrive`` of both computing warpgroups."""
-    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(CODE, "=r,r", [thread], gl.int32, False, 1)
-
-
-@gluon.jit
 def _compute_rows(
     o_desc, q_smem, o_smem, k_smem, v_smem, notes, q_full, q_empty, full, empty,
     parted_ptr, q_segments_ptr, kv_segments_ptr, lse_ptr, redo_ptr, log2_scale, span_stride_b, span_stride_h,
@@ -223,8 +202,7 @@ def _compute_rows(
     q_len, kv_len, left, right, offset, width, heads,
     HALF: gl.constexpr, PER_ROW: gl.constexpr, PER_BLOCK: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr,
     SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, DTYPE: gl.constexpr, HAS_SEGMENTS: gl.constexpr,
-    HAS_Q_SEGMENTS: gl.constexpr, RETURN_LSE: gl.constexpr, LATE: gl.constexpr, WITH_LAG: gl.constexpr,
-    PARTIAL: gl.constexpr, TURNS: gl.constexpr,
+    HAS_Q_SEGMENTS: gl.constexpr, RETURN_LSE: gl.constexpr,
 ):  # fmt: skip
     """One computing warpgroup: rows HALF * 64 to HALF * 64 + 63 of every tile.
 
@@ -236,16 +214,11 @@ def _compute_rows(
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     OVERLAP: gl.constexpr = Q_SLOTS == 2
-    LAG: gl.constexpr = WITH_LAG and gl.bfloat16 == DTYPE
-    MINE: gl.constexpr = "bar.sync 15, 256; mov.b32 $0, $1;" if HALF == 1 else "bar.sync 14, 256; mov.b32 $0, $1;"
-    THEIRS: gl.constexpr = "bar.arrive 14, 256; mov.b32 $0, $1;" if HALF == 1 else "bar.arrive 15, 256; mov.b32 $0, $1;"
     PACKED: gl.constexpr = DIM <= 128  # at 256 the registers are better used otherwise
     zero = gl.zeros([64, KEYS], gl.float32, SCORES)
     slot = 0
     phase = 0
     turn = 0
-    if TURNS and HALF == 1:
-        _named_barrier(THEIRS)
     mbarrier.wait(q_full.index(HALF), 0)
     tile = _read(notes.index(0))
     mbarrier.wait(full.index(slot), phase)
@@ -316,47 +289,24 @@ def _compute_rows(
             # The place of the queries, read anew: if both loops share one, ptxas 12.8 computes its descriptors before
             # the first loop alone, and the second reads what is not set where the first is skipped (``sass.py``).
             q = q_smem.index(_read(notes.index(8 * q_slot + 7)) + HALF).reshape([64, DIM])
-        pending = top
-        partial = total
-        if PARTIAL:
-            OWN: gl.constexpr = _own_sum(weights).type.layout
-            partial = gl.zeros([64, 4], gl.float32, OWN) + _for_own(total * 0.25, weights)
-        if LATE:
-            mbarrier.wait(full.index(slot), phase)
         for _ in range(gl.maximum(edges, 1), steps):
-            if not LATE:
-                mbarrier.wait(full.index(slot), phase)
+            mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
             operand = gl.convert_layout(_unpack(packed, DTYPE, PACKED), WEIGHTS)
-            if TURNS:
-                _named_barrier(MINE)
             scores = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
-            if TURNS:
-                _named_barrier(THEIRS)
             scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
-            if LAG:
-                new_top = pending
-                pending = gl.maximum(pending, gl.max(scores, 1) * log2_scale)
-            else:
-                new_top = gl.maximum(top, gl.max(scores, 1) * log2_scale)
+            new_top = gl.maximum(top, gl.max(scores, 1) * log2_scale)
             decay = gl.exp2(top - new_top)
             weights = gl.exp2(scores * log2_scale - new_top[:, None])
-            if PARTIAL:
-                partial = partial * _for_own(decay, weights) + _own_sum(weights)
-            else:
-                partial = partial * decay + gl.sum(weights, 1)
+            total = total * decay + gl.sum(weights, 1)
             top = new_top
-            done = slot
-            slot, phase = _next_slot(slot, phase, SLOTS)
-            if LATE:
-                mbarrier.wait(full.index(slot), phase)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             synchronize()
-            mbarrier.arrive(empty.index(done), count=1)
+            mbarrier.arrive(empty.index(slot), count=1)
             acc = acc * gl.convert_layout(decay, OUT_ROW)[:, None]
             packed = _pack(weights, DTYPE, PACKED)
-        total = gl.convert_layout(gl.sum(partial, 1), ROW) if PARTIAL else partial
+            slot, phase = _next_slot(slot, phase, SLOTS)
 
         turn += 1
         next_slot = turn % Q_SLOTS
@@ -364,8 +314,7 @@ def _compute_rows(
         if OVERLAP:
             mbarrier.arrive(q_empty.index(2 * q_slot + HALF), count=1)  # every warp passed a barrier after its last Q.K
             mbarrier.wait(q_full.index(2 * next_slot + HALF), turn // Q_SLOTS & 1)
-            if not LATE:
-                mbarrier.wait(full.index(slot), phase)
+            mbarrier.wait(full.index(slot), phase)
             keys = k_smem.index(slot).reshape([KEYS, DIM]).permute((1, 0))
             operand = gl.convert_layout(_unpack(packed, DTYPE, PACKED), WEIGHTS)
             scores = warpgroup_mma(next_q, keys, zero, use_acc=False, is_async=True)
@@ -375,15 +324,13 @@ def _compute_rows(
             mbarrier.arrive(empty.index(slot), count=1)
             staged = o_smem.index(HALF)
         else:
-            if not LATE:
-                mbarrier.wait(full.index(slot), phase)
+            mbarrier.wait(full.index(slot), phase)
             operand = gl.convert_layout(_unpack(packed, DTYPE, PACKED), WEIGHTS)
             acc = warpgroup_mma(operand, v_smem.index(slot).reshape([KEYS, DIM]), acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             staged = q_smem.index(HALF)  # shared memory has no room for both
         # total is 0 only for rows that saw nothing: their out is 0 and their log-sum-exp -inf.
-        # An infinite total makes it NaN, which the next lines look for.
-        share = gl.where(total == 0.0, 0.0, 1.0 / total) + total * 0.0
+        share = gl.where(total == 0.0, 0.0, 1.0 / total)
         acc = acc * gl.convert_layout(share, OUT_ROW)[:, None]
         # 0 times a hidden inf or NaN is NaN: such tiles are computed once more, by a kernel that takes care.
         odd = gl.sum(acc * 0.0, 1)
@@ -423,7 +370,6 @@ def attend_hopper(
     GROUP: gl.constexpr, PER_ROW: gl.constexpr, PER_BLOCK: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr,
     SLOTS: gl.constexpr, Q_SLOTS: gl.constexpr, HAS_SEGMENTS: gl.constexpr, HAS_Q_SEGMENTS: gl.constexpr,
     RETURN_LSE: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
-    LATE: gl.constexpr, WITH_LAG: gl.constexpr, PARTIAL: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Attention of 128 query rows per tile. Grid: up to one program per multiprocessor; ``ticket_ptr`` is 0 before."""
     DTYPE: gl.constexpr = q_desc.dtype
@@ -457,7 +403,6 @@ def attend_hopper(
                     q_segments_stride_b, q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s,
                     q_len, kv_len, left, right, offset, width, kv_heads * GROUP,
                     0, PER_ROW, PER_BLOCK, KEYS, DIM, SLOTS, Q_SLOTS, DTYPE, HAS_SEGMENTS, HAS_Q_SEGMENTS, RETURN_LSE,
-                    LATE, WITH_LAG, PARTIAL, TURNS,
                 ),
             ),
             (
@@ -469,7 +414,6 @@ def attend_hopper(
                     q_segments_stride_b, q_segments_stride_s, kv_segments_stride_b, kv_segments_stride_s,
                     q_len, kv_len, left, right, offset, width, kv_heads * GROUP,
                     1, PER_ROW, PER_BLOCK, KEYS, DIM, SLOTS, Q_SLOTS, DTYPE, HAS_SEGMENTS, HAS_Q_SEGMENTS, RETURN_LSE,
-                    LATE, WITH_LAG, PARTIAL, TURNS,
                 ),
             ),
             (

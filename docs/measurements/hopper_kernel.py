@@ -14,9 +14,7 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -249,151 +247,19 @@ def check() -> None:
                 raise SystemExit("too far off")
 
 
-VARIANTS: dict[str, dict[str, bool]] = {
-    "base": {},
-    "late": {"late": True},
-    "lag": {"lag": True},
-    "late+lag": {"late": True, "lag": True},
-    "late+lag+partial": {"late": True, "lag": True, "partial": True},
-    "late+partial": {"late": True, "partial": True},
-    "all+turns": {"late": True, "lag": True, "partial": True, "turns": True},
-}
-
-
-def variant(name: str, head_dim: int) -> HopperTile:
-    tile = attend_hopper.tile_for(head_dim, BLOCK)
-    assert tile is not None
-    return tile._replace(**VARIANTS[name])
-
-
-def check_variant(name: str, head_dim: int) -> None:
-    """One variant against float64 on small problems; a jump of the scores makes weights overflow where they can."""
-    for dtype, length, jump in ((torch.bfloat16, 256, 1), (torch.bfloat16, 1000, 1), (torch.bfloat16, 1000, 80)):
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(1, length, h, head_dim, device="cuda", dtype=dtype).transpose(1, 2) for h in (8, 2, 2))
-        k[:, :, 200:300] *= jump
-        rows = -(-length // BLOCK)
-        count = torch.arange(1, rows + 1, device="cuda", dtype=torch.int32).expand(1, 1, rows).contiguous()
-        indices = torch.arange(rows, device="cuda", dtype=torch.int32).expand(1, 1, rows, rows).contiguous()
-        out = kernel(q, k, v, (count, indices), "hopper", tile=variant(name, head_dim))()
-        torch.cuda.synchronize()
-        wide = [x.double() for x in (q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1))]
-        exact = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
-        theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        base = float((theirs - exact).abs().max())
-        error = float((out - exact).abs().max())
-        print(f"{name} d{head_dim} {length} x{jump}: error {error:.2e}, dense {base:.2e}", flush=True)
-        if not error <= 2 * base + 2e-3:
-            raise SystemExit(f"{name}: too far off")
-
-
-def sound_variants(head_dims: tuple[int, ...]) -> dict[int, list[str]]:
-    """The variants that pass ``check_variant``, each in a process of its own: one that hangs is ended."""
-    command = [sys.executable, __file__, "variant", "--names"]
-    started = {
-        (head_dim, name): subprocess.Popen(
-            [*command, name, "--head-dim", str(head_dim)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for head_dim in head_dims
-        for name in VARIANTS
-    }
-    found: dict[int, list[str]] = {head_dim: [] for head_dim in head_dims}
-    end = time.monotonic() + 60
-    for (head_dim, name), process in started.items():
-        try:
-            text, _ = process.communicate(timeout=max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            text = f"{name} d{head_dim}: no answer"
-        if process.returncode == 0:
-            found[head_dim].append(name)
-            text = " | ".join(line for line in text.splitlines() if "error" in line)
-        print(text[-600:], flush=True)
-    return found
-
-
-def time_variants(case: dict[str, Any], names: list[str], rounds: int, flex: bool) -> dict[str, Any]:
-    """Milliseconds of each variant on one case, in shuffled order, beside FlexAttention."""
-    torch.manual_seed(0)
-    q, k, v = inputs(case)
-    given = lists(case)
-    runs: dict[str, Callable[[], Any]] = {
-        name: kernel(q, k, v, given, "hopper", tile=variant(name, q.shape[3])) for name in names
-    }
-    expected = runs[names[0]]().float()
-    for name, run in runs.items():
-        difference = float((run().float() - expected).abs().max())
-        if not difference < 0.05:
-            raise RuntimeError(f"{name} differs by {difference}")
-    del expected
-    if flex:
-        shape = Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], "bf16")
-        runs["flex"] = flex_call("flex", Problem(shape, q, k, v), BlockLists(*given, BLOCK, BLOCK))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
-        run()
-        torch.cuda.synchronize()
-        runs[name] = partial(milliseconds, run, max(1, int(25 / milliseconds(run, 1))))
-    for _ in range(rounds):
-        for name in random.sample(sorted(runs), len(runs)):
-            times[name].append(runs[name]())
-    flops = 4.0 * q.shape[3] * float(given[0].sum()) * BLOCK * BLOCK
-    record: dict[str, Any] = dict(case)
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        record[name] = {
-            "median_ms": round(middle, 4),
-            "range_ms": [round(min(taken), 4), round(max(taken), 4)],
-            "tflops": round(flops / middle / 1e9, 1),
-        }
-    return record
-
-
-def compare_variants(rounds: int) -> list[dict[str, Any]]:
-    sound = sound_variants((64, 128))
-    records = []
-    for case in (
-        {"length": 32768, "density": 0.10, "head_dim": 64},
-        {"length": 131072, "density": 0.10, "head_dim": 64},
-        {"length": 32768, "density": 0.10},
-        {"length": 131072, "density": 0.10},
-    ):
-        head_dim = case.get("head_dim", 128)
-        record = time_variants(case, sound[int(head_dim)], rounds, flex=head_dim == 64)
-        records.append(record)
-        print(case, flush=True)
-        for name, one in record.items():
-            if isinstance(one, dict):
-                against = record["flex"]["median_ms"] / one["median_ms"] if "flex" in record else float("nan")
-                low, high = one["range_ms"]
-                print(
-                    f"  {name:18}{one['median_ms']:9.4f} ms ({low:.4f}-{high:.4f}) {one['tflops']:6.1f} TF/s "
-                    f"{against:.3f}x flex",
-                    flush=True,
-                )
-        torch.cuda.empty_cache()
-    return records
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "time", "variant", "variants"])
+    parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases, from 0; absent: all")
     parser.add_argument("--variants", action="store_true", help="other tiles of the Hopper kernel beside the chosen")
-    parser.add_argument("--names", nargs="*", default=[])
-    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if options.what == "variant":
-        for name in options.names:
-            check_variant(name, options.head_dim)
-        return
     if options.what == "check":
         check()
         return
-    records = compare_variants(options.rounds) if options.what == "variants" else []
-    for number, case in enumerate(CASES if options.what == "time" else ()):
+    records = []
+    for number, case in enumerate(CASES):
         if options.cases and number not in options.cases:
             continue
         record = time_case(case, options.rounds, options.variants)

@@ -104,10 +104,6 @@ def compile_hopper(tile: HopperTile, dtype: torch.dtype, *, segments: bool, kv_b
         "RETURN_LSE": segments,
         "COMPUTE_REGISTERS": tile.registers,
         "LOAD_REGISTERS": LOAD_REGISTERS,
-        "LATE": tile.late,
-        "WITH_LAG": tile.lag,
-        "PARTIAL": tile.partial,
-        "TURNS": tile.turns,
     }
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}

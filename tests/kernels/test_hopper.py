@@ -118,7 +118,7 @@ def test_more_tiles_than_programs(head_dim: int, left: int) -> None:
 @pytest.mark.parametrize("jump", [4.0, 100.0])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_scores_that_jump_from_one_block_to_the_next(head_dim: int, jump: float, dtype: torch.dtype) -> None:
-    """Weights that are relative to a maximum of the steps before may overflow; the tile is then computed again."""
+    """What was summed before has to fade, and the log-sum-exp to follow, however far the maximum jumps."""
     case = replace(LONG, head_dim=head_dim, v_head_dim=head_dim, dtype=dtype, lists="random", group=1)
     inputs = case.tensors("cuda")
     inputs.k[:, :, 1000:1200] *= jump
