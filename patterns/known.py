@@ -24,8 +24,13 @@ _MOVES = frozenset({"reshape", "transpose", "permute", "unsqueeze", "squeeze", "
 _OVERLAPS = frozenset({"as_strided", "unfold"})
 _PICKS = frozenset({"gather", "index_select", "take_along_dim"})
 _SORTS = frozenset({"argsort", "sort"})
-_SUMS = frozenset({"softmax", "log_softmax", "logsumexp", "sum"})
-"""What another attention yields is no score of this one."""
+_PASSES = (
+    _MOVES
+    | {"add", "sub", "mul", "div", "tanh", "where", "masked_fill", "cat", "clamp", "pad", "narrow", "flip", "roll"}
+    | {"iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_", "masked_fill_", "as_strided", "diagonal"}
+    | {"new_zeros", "new_empty", "new_full", "zeros", "empty", "full", "zeros_like", "empty_like", "full_like"}
+)
+"""What keeps scores scores. A projection or a norm ends the way up: what lies above is another layer's."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def origin(view: CanonicalGraph, softmax: fx.Node) -> Origin:
             products.append(node)
             continue
         op = view.ops[node]
-        if op.name in _SUMS:
+        if op.name.rpartition(":")[2] not in _PASSES:
             continue
         if op.name == "cat" and op.params == (("dim", -1),) and joined is None:
             parts = [view.resolve(one) for one in op.operands]
@@ -157,7 +162,9 @@ KNOWN: tuple[Known, ...] = (
 
 def known_spelling(view: CanonicalGraph, softmax: fx.Node, why: str) -> str | None:
     """The sentence for attention that is refused because of ``why`` and known by name; None for any other."""
-    if not isinstance(value(softmax), torch.Tensor):
+    held = value(softmax)
+    last = dict(view.ops[softmax].params).get("dim") == -1
+    if not last or not isinstance(held, torch.Tensor) or not held.dim():
         return None
     found = origin(view, softmax)
     if not found.products:

@@ -20,6 +20,7 @@ from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
 """Attention over fewer is left alone: there is no block to leave out."""
+TOO_FEW = "too few to be tokens (layers, streams, patches of one window)"
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ def _too_few(attention: Attention) -> Skip | None:
     if not isinstance(keys, int) or keys >= FEWEST_KEYS or (isinstance(rows, int) and rows == 1):
         return None
     name = attention.output.name
-    return Skip(
-        f"{name!r} attends to {keys} entries, too few to be tokens (layers, streams, patches of one window)", (name,)
-    )
+    return Skip(f"{name!r} attends to {keys} entries, {TOO_FEW}", (name,))
 
 
 def _write_inside(view: CanonicalGraph, attention: Attention) -> fx.Node | None:

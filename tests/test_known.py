@@ -165,8 +165,17 @@ def test_softmaxes_over_other_things_are_not_named() -> None:
         logits[:, :, : S // 2] = (q @ weights)[:, :, : S // 2]
         return F.softmax(logits, dim=-1) * 2
 
-    found = findings(router, *qkv())
-    assert (sites(found), reasons(found)) == (0, [])
+    def of_an_earlier_layer(q: T, k: T, v: T) -> T:
+        """A gate over a window of tokens; the products are those of rotary angles, behind a norm."""
+        angles = torch.matmul(torch.ones(1, D // 2, 1), torch.arange(S).float()[None, None, :]).mT
+        x = F.layer_norm(q * torch.cat([angles, angles], dim=-1)[:, None].cos(), (D,))
+        logits = x.new_zeros(B, H, S, D)
+        logits[..., : S // 2, :] = x[..., : S // 2, :]
+        return F.softmax(logits.unflatten(2, (-1, 16)), dim=3).flatten(2, 3) + F.softmax(x.mT, dim=-1).mT
+
+    for written in (router, of_an_earlier_layer):
+        found = findings(written, *qkv())
+        assert (sites(found), reasons(found)) == (0, []), written
 
 
 def test_weights_that_are_no_softmax_are_none() -> None:
@@ -212,3 +221,15 @@ def test_models_that_write_them(arch: str, kind: str) -> None:
     wanted = MODELS[arch, kind]
     assert len(found) == len(wanted), found
     assert all(text in reason for text, reason in zip(wanted, found, strict=True)), found
+
+
+@pytest.mark.slow
+def test_reformers_buckets() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "feed_forward_size": 32}
+    config = transformers.ReformerConfig(
+        attn_layers=["lsh"], axial_pos_embds=False, num_buckets=4, vocab_size=64, is_decoder=True, **sizes
+    )
+    model = transformers.ReformerModelWithLMHead(config).eval()
+    (reason,) = reasons(findings(model, torch.randint(4, 60, (1, 128)), use_cache=False))
+    assert reason.startswith("attention within buckets of sorted tokens (LSH), as Reformer writes it: ")

@@ -55,7 +55,7 @@ def seconds(count: int, implementation: str) -> dict[str, float]:
         assert len(find_sites(gm.graph).sites) == count
         for name, run in runs.items():
             times = []
-            for _ in range(3):
+            for _ in range(2):
                 began = time.thread_time()
                 run()
                 times.append(time.thread_time() - began)
