@@ -102,7 +102,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=75.0, help="after which no further length is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("frontier.json"))
-    parser.add_argument("--plots", type=Path, help="folder for the plots; from --out alone with --from")
+    parser.add_argument("--plots", type=Path, help="folder for the plots; default: none")
     parser.add_argument("--replot", action="store_true", help="measure nothing: plot and compare what --out has")
     return parser.parse_args(given)
 
