@@ -30,6 +30,7 @@ SMALL = {
         "answers.png",
     ],
     "decorator": ["--length", "300"],
+    "guard": ["--length", "256", "--requests", "1", "--calibrate", "1"],
     "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
     "mixed_batch": ["--length", "1100", "--always-sparse"],
     "own_kernel_test": ["--length", "40", "--device", "cpu"],
@@ -46,6 +47,7 @@ EXPECTED = {
     "answers": ["Right answers by task and hint, 256 tokens", "multi_hop under multi_hop:", "Picture: answers.png"],
     "decorator": ["function, by its own task:", "class:"],
     "demo": ["Dense Inductor against sparsepass", "1100", "Dense at 200 tokens, single_qa"],
+    "guard": ["Requests in their order, all with the hint single_qa", "with repeats", "False alarms: 0 of 1"],
     "mixed_batch": ["1 graphs", "0 new graphs", "alone: True", "refused: 4 task hints for a batch of 3 rows"],
     "own_kernel_test": [
         "Right. my_kernel: passed",
