@@ -57,7 +57,13 @@ class _Selection(ctypes.Structure):
 
     _fields_ = _fields(
         ("q", "k", "q_segments", "kv_segments", "allowed", "budgets", "counts", "indices", "visible"),
-        (*_SHAPE, *_MASK, "width", *(f"{tensor}_{dim}" for tensor in "qk" for dim in "bhs"), "allowed_b", "allowed_h"),
+        (
+            *_SHAPE,
+            *_MASK,
+            *("width", "rows_in_full"),
+            *(f"{tensor}_{dim}" for tensor in "qk" for dim in "bhs"),
+            *("allowed_b", "allowed_h"),
+        ),
         ("scale",),
         "type",
     )
@@ -202,12 +208,12 @@ def _set_scores(
 
 
 def select(
-    q: Tensor, k: Tensor, mask: Visibility, scale: float, allowed: Tensor | None, budgets: Tensor, width: int
+    q: Tensor, k: Tensor, mask: Visibility, scale: float, allowed: Tensor | None, budgets: Tensor, width: int, last: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block lists, and the count of allowed blocks int64 [B, H, q_blocks].
 
     ``allowed`` is bool [B or 1, H or 1, q_blocks, kv_blocks], None where the band alone decides; ``budgets``
-    int32 [B, H].
+    int32 [B, H]; ``last``: rows at the end that keep every allowed block.
     """
     batch, heads = q.shape[:2]
     counts = torch.empty((batch, heads, mask.q_blocks), dtype=torch.int32)
@@ -217,7 +223,7 @@ def select(
     segments = _segments(mask)
     allowed, budgets = None if allowed is None else allowed.contiguous(), budgets.contiguous()
 
-    call = _Selection(scale=scale, width=width)
+    call = _Selection(scale=scale, width=width, rows_in_full=last)
     call.type = (torch.float32, torch.bfloat16, torch.float16).index(q.dtype)
     _describe(call, q.shape, k.shape, mask, tensors)
     call.kv_segments = _address(segments[1])

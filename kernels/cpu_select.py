@@ -86,11 +86,13 @@ def select(
     allowed: Tensor,
     budget: Tensor,
     width: int,
+    last: int,
     unlike: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The selection in torch operations, where the C++ kernel does not serve. As ``cpu_native.select``.
 
-    ``allowed``: bool [B or 1, H or 1, nq, nkv]. ``unlike``: bool [B, H, nq, nkv], kept too wherever allowed.
+    ``allowed``: bool [B or 1, H or 1, nq, nkv]. ``last``: rows at the end that keep all of them.
+    ``unlike``: bool [B, H, nq, nkv], kept too wherever allowed.
     """
     batch, heads, q_len, _ = q.shape
     kv_heads = k.shape[1]
@@ -100,10 +102,11 @@ def select(
     grouped = queries.view(batch, kv_heads, heads // kv_heads, mask.q_blocks, -1)
     scores = torch.matmul(grouped, keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
 
-    last = (torch.arange(1, mask.q_blocks + 1) * mask.q_block).clamp(max=q_len) - 1 + mask.offset
-    diagonal = torch.div(last, mask.kv_block, rounding_mode="floor")[:, None]
+    ends = (torch.arange(1, mask.q_blocks + 1) * mask.q_block).clamp(max=q_len) - 1 + mask.offset
+    diagonal = torch.div(ends, mask.kv_block, rounding_mode="floor")[:, None]
     column = torch.arange(mask.kv_blocks)
-    forced = (column == diagonal) | (column == diagonal - 1)
+    dense = torch.arange(mask.q_blocks)[:, None] >= mask.q_blocks - last
+    forced = (column == diagonal) | (column == diagonal - 1) | dense
     forced = allowed & (forced | (allowed.cumsum(-1) == 1))
     if unlike is not None:
         forced = forced | (allowed & unlike)
@@ -136,6 +139,7 @@ def select_blocks_cpu(
     density: float | Tensor,
     max_density: float | None = None,
     self_similarity: float | None = None,
+    last: int = 0,
     blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -149,6 +153,7 @@ def select_blocks_cpu(
             With ``blocks`` it is of each head's visible blocks.
         max_density: with a tensor of densities, a bound on them: it gives the width of the lists. None: their maximum.
         self_similarity: query and key blocks whose tokens' mean cosine is under it are computed whole.
+        last: query blocks at the end that keep every visible block (FlashPrefill), besides ``density``.
         blocks: a block map [B or 1, H or 1, q_blocks, kv_blocks]; what it has 0 for is not selected.
         counter: int64 [3]; [2] += blocks that hold a visible pair, over batch, heads and rows.
 
@@ -180,18 +185,20 @@ def select_blocks_cpu(
     if blocks is None:
         budget = torch.tensor(budgets, dtype=torch.int32).expand(batch, heads)
         width = list_width(kv_len, kv_block, widest)
+    if last or self_similarity is not None:
+        width = mask.kv_blocks
 
     if self_similarity is not None:
         unlike = unlike_blocks(k, kv_block, kv_segments, self_similarity)
         unlike = unlike.repeat_interleave(heads // k.shape[1], 1)[:, :, None]
         of_rows = unlike_blocks(q, q_block, None if kv_segments is None else q_segments, self_similarity)
-        unlike, width = unlike | of_rows[..., None], mask.kv_blocks
-        counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width, unlike)
+        unlike = unlike | of_rows[..., None]
+        counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width, last, unlike)
     elif cpu_native.available(q.dtype):
         allowed = None if kv_segments is None and blocks is None else allowed_blocks(mask, batch)
-        counts, indices, visible = cpu_native.select(q, k, mask, scale, allowed, budget, width)
+        counts, indices, visible = cpu_native.select(q, k, mask, scale, allowed, budget, width, last)
     else:
-        counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width)
+        counts, indices, visible = select(q, k, mask, scale, allowed_blocks(mask, batch), budget, width, last)
     if counter is not None:
         counter[2] += visible.sum()
     return counts, indices

@@ -22,14 +22,16 @@ def select_pooled_topk(
     max_density: float | None = None,
     block: int | None = None,
     self_similarity: float | None = None,
+    last: int = 0,
     counter: torch.Tensor | None = None,
 ) -> BlockLists:
     """Pooled block top-k (The Sparse Frontier, arXiv 2504.17768) for query [B, H, Sq, D] and key [B, Hkv, Skv, D].
 
     ``density``: share of the visible blocks to keep, or a float32 tensor [B or 1, H or 1] of shares on the device, at
     most ``max_density``. ``block``: tokens per block, 64 or 128; None for the device's default. ``self_similarity``:
-    blocks whose tokens' mean cosine is under it are computed whole (SpargeAttn, arXiv 2502.18137). ``counter``: int64
-    [3] on the device; the number of visible blocks is added to its last entry. No host synchronization. Raises
+    blocks whose tokens' mean cosine is under it are computed whole (SpargeAttn, arXiv 2502.18137). ``last``: query
+    blocks at the end that list every visible block (FlashPrefill), besides ``density``. ``counter``: int64 [3] on the
+    device; the number of visible blocks is added to its last entry. No host synchronization. Raises
     ``KernelInputError``.
     """
     size = _block_size(query, key, block)
@@ -54,6 +56,7 @@ def select_pooled_topk(
         density=density,
         max_density=max_density,
         self_similarity=self_similarity,
+        last=last,
         blocks=visible.blocks,
         counter=counter,
     )

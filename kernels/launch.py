@@ -19,7 +19,7 @@ MAX_TOKENS = 1 << 29
 
 VARYING = (
     *("q_len", "kv_len", "length", "rows", "tiles", "blocks", "kv_blocks", "width", "groups", "programs"),
-    *("left", "right", "offset", "budget", "most", "heads", "kv_heads", "group", "times", "planes"),
+    *("left", "right", "offset", "budget", "most", "dense_from", "heads", "kv_heads", "group", "times", "planes"),
     *("q_planes", "kv_planes", "stride_b", "segment_stride_b", "q_segments_stride_b", "kv_segments_stride_b"),
     *("count_stride_b", "count_stride_h", "list_stride_b", "list_stride_h", "list_stride_r", "span_stride_b"),
     *(

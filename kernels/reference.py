@@ -243,6 +243,7 @@ def select_blocks_reference(
     q_block: int,
     kv_block: int,
     density: float | Tensor,
+    last: int = 0,
     blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pooled block top-k (The Sparse Frontier, arXiv 2504.17768): (kv_num_blocks, kv_indices), unused entries 0.
@@ -250,7 +251,7 @@ def select_blocks_reference(
     The budget of a head is the smallest ``b`` such that keeping at most ``b`` band-visible blocks per row reaches
     ``density`` (a share, or a tensor [B or 1, H] of shares) of all band-visible blocks; with a map ``blocks``, of the
     head's own visible ones. A row keeps its always-kept
-    blocks and then the best scores up to the budget, ties to the lower index, NaN last.
+    blocks and then the best scores up to the budget, ties to the lower index, NaN last. The ``last`` rows keep all.
     """
     batch, heads = q.shape[:2]
     scores, allowed, kept = block_scores_reference(
@@ -286,7 +287,7 @@ def select_blocks_reference(
         visible = (band[0, 0] if blocks is None else allowed[item, head]).sum(-1)
         wanted = min(float(shares[item, head]), 1.0) * int(visible.sum())
         budget = next(b for b in range(kv_blocks + 1) if int(visible.clamp(max=b).sum()) >= wanted)
-        widest = max(widest, min(kv_blocks, max(budget, 3)))
+        widest = max(widest, kv_blocks if last else min(kv_blocks, max(budget, 3)))
         for row in range(q_blocks):
             score = scores[item, head, row].tolist()
             candidates = allowed[item, head, row].nonzero().flatten().tolist()
@@ -295,6 +296,8 @@ def select_blocks_reference(
                 (-score[c] if score[c] == score[c] else float("inf"), c) for c in candidates if c not in forced
             )
             room = max(0, min(budget, len(candidates)) - len(forced))
+            if q_blocks - row <= last:
+                room = len(ranked)
             lists.append(sorted(forced + [c for _, c in ranked[:room]]))
     kv_num_blocks = torch.tensor([len(x) for x in lists], dtype=torch.int32, device=q.device)
     padded = torch.tensor([x + [0] * (widest - len(x)) for x in lists], dtype=torch.int32, device=q.device)

@@ -18,7 +18,7 @@ from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.rules import Rule
 
 
-@triton.jit(do_not_specialize=(*VARYING, "sink", "near", "dense_from", "dial_stride_h"))
+@triton.jit(do_not_specialize=(*VARYING, "sink", "near", "dial_stride_h"))
 def _lists_from_scores(
     scores_ptr,
     allowed_ptr,

@@ -24,6 +24,7 @@ struct Selection {
   int64_t* visible;                         // [B, H, q_blocks]: allowed blocks
   int64_t batch, heads, kv_heads, q_len, kv_len, dim;
   int64_t q_block, kv_block, left, right, offset, width;
+  int64_t rows_in_full;  // query blocks at the end that keep every allowed block
   int64_t q_b, q_h, q_s, k_b, k_h, k_s, allowed_b, allowed_h;
   double scale;
   int64_t type;  // 0 float, 1 bfloat16, 2 half
@@ -101,12 +102,13 @@ void select(const Selection& c) {
       }
 
       const int64_t diagonal = floor_div(last + c.offset, c.kv_block);
+      const bool full = row >= q_blocks - c.rows_in_full;
       int64_t kept = 0, count = 0;
       std::fill(state.begin(), state.end(), 0);
       rest.clear();
       for (int64_t j = low; j < high; ++j) {
         if (allowed && !allowed[j]) continue;
-        if (count++ == 0 || j == diagonal || j == diagonal - 1) {
+        if (count++ == 0 || full || j == diagonal || j == diagonal - 1) {
           state[j] = 1;
           ++kept;
         } else {

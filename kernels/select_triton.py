@@ -73,6 +73,7 @@ def _select(
     k_means_stride,
     scale,
     budget,
+    dense_from,
     budget_stride_b,
     allowed_stride_b,
     allowed_stride_h,
@@ -98,7 +99,10 @@ def _select(
     HAS_UNLIKE: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Lists of ROWS query blocks of one head, all key blocks at once (COLUMNS of them). Grid: (B * H * groups,)."""
+    """Lists of ROWS query blocks of one head, all key blocks at once (COLUMNS of them). Grid: (B * H * groups,).
+
+    ``dense_from``: the first row that lists everything.
+    """
     program = tl.program_id(0)
     head = program // groups % heads
     item = program // groups // heads
@@ -139,7 +143,8 @@ def _select(
     rank = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
     sink = tl.min(tl.where(allowed, column, COLUMNS), 1)[:, None]
     diagonal = tl.where(last >= 0, tl.maximum(last, 0) // KV_BLOCK, -2)
-    forced = allowed & ((column == sink) | (column == diagonal) | (column == diagonal - 1))
+    always = (column == sink) | (column == diagonal) | (column == diagonal - 1) | (row >= dense_from)
+    forced = allowed & always
     if HAS_UNLIKE:
         of_row = tl.load(q_unlike_ptr + plane * rows + row, mask=row < rows, other=0)
         of_column = tl.load(k_unlike_ptr + kv_plane * blocks + column, mask=column < blocks, other=0)
@@ -192,6 +197,7 @@ def select_blocks_cuda(
     density: float | Tensor,
     max_density: float | None = None,
     self_similarity: float | None = None,
+    last: int = 0,
     blocks: Tensor | None = None,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -208,6 +214,8 @@ def select_blocks_cuda(
             greater one is cut to it. None: 1.0.
         self_similarity: query and key blocks whose tokens' mean cosine is under it are computed whole, whatever the
             density: their mean says nothing (SpargeAttn, arXiv 2502.18137). Lists then have room for every block.
+        last: query blocks at the end that list every visible block (FlashPrefill), besides ``density``. Lists then
+            have room for every block.
         blocks: a block map [B or 1, H or 1, nq, nkv]; what it has 0 for is not selected, and ``density`` is of each
             head's other blocks.
         counter: int64 [3] on the device; [2] += blocks with any visible pair, over all (batch, head, row).
@@ -237,6 +245,7 @@ def select_blocks_cuda(
         "kv_block": kv_block,
         "max_density": max_density,
         "self_similarity": self_similarity,
+        "last": last,
     }
 
     def build() -> tuple[list[Launch], tuple[Tensor | None, ...]]:
@@ -267,6 +276,7 @@ def select_launches(
     density: float | Tensor,
     max_density: float | None,
     self_similarity: float | None = None,
+    last: int = 0,
     counter: Tensor | None,
     blocks_map: Tensor | None = None,
     budgets: Tensor | None = None,
@@ -330,8 +340,10 @@ def select_launches(
     else:
         budget = blocks_per_row(*shape, density)
 
-    width = blocks if self_similarity is not None else list_width(kv_len, kv_block, budget)
-    if blocks_map is not None and self_similarity is None:
+    width = list_width(kv_len, kv_block, budget)
+    if self_similarity is not None or last:
+        width = blocks
+    elif blocks_map is not None:
         assert not isinstance(density, Tensor)  # it is the budgets' cap
         width = width_in_map(blocks, density)
     kv_num_blocks = q.new_empty(batch, heads, rows, dtype=torch.int32)
@@ -352,6 +364,7 @@ def select_launches(
         "k_means_stride": k_means.stride(2),
         "scale": scale,
         "budget": budget,
+        "dense_from": rows - last,
         "budget_stride_b": 0 if budgets is None or budgets.shape[0] == 1 else heads,
         **band,
         "rows": rows,

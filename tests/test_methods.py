@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparsepass.errors import KernelInputError, PolicyError
 from sparsepass.kernels.dispatch import Visible, block_sparse_attention
+from sparsepass.kernels.reference import listed_blocks
 from sparsepass.methods import (
     METHODS,
     AShape,
@@ -44,13 +45,13 @@ MANY = st.none() | st.integers(1, 1 << 20)
 SLASHED = ("vertical_slash", "flex_prefill")
 COSINES = st.none() | st.floats(-1, 1)
 POOLED = st.one_of(
-    st.builds(PooledTopK, DENSITIES, BLOCK, self_similarity=COSINES),
-    st.lists(DENSITIES, min_size=1, max_size=5).map(lambda heads: PooledTopK(max(heads), None, tuple(heads))),
+    st.builds(PooledTopK, DENSITIES, BLOCK, self_similarity=COSINES, last=FEW),
+    st.lists(DENSITIES, min_size=1, max_size=5).map(lambda heads: PooledTopK(max(heads), None, tuple(heads), last=1)),
 )
 SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
     Dense: st.just(Dense()),
     Full: st.just(Full()),
-    AShape: st.builds(AShape, st.integers(1, 1 << 30), st.integers(0, 1 << 20), BLOCK),
+    AShape: st.builds(AShape, st.integers(1, 1 << 30), st.integers(0, 1 << 20), BLOCK, FEW),
     PooledTopK: POOLED,
     Threshold: st.builds(
         Threshold, st.floats(0, 1), sink=FEW, window=st.integers(1, 9), last=FEW, block=BLOCK, self_similarity=COSINES,
@@ -58,9 +59,9 @@ SAMPLES: dict[type[Method], st.SearchStrategy[Any]] = {
     ),
     TopP: st.builds(
         TopP, DENSITIES, st.sampled_from(["pooled", "mass"]), sink=FEW, window=st.integers(1, 9), block=BLOCK,
-        self_similarity=COSINES, expected_density=EXPECTED,
+        self_similarity=COSINES, expected_density=EXPECTED, last=FEW,
     ),
-    XAttention: st.builds(XAttention, DENSITIES, st.sampled_from([4, 8, 16, 32]), BLOCK, EXPECTED),
+    XAttention: st.builds(XAttention, DENSITIES, st.sampled_from([4, 8, 16, 32]), BLOCK, EXPECTED, FEW),
     VerticalSlash: st.builds(VerticalSlash, DENSITIES, MANY, MANY, st.sampled_from([64, 256]), BLOCK),
     FlexPrefill: st.builds(
         FlexPrefill, DENSITIES, st.floats(0, 1), st.integers(0, 4096), DENSITIES, block=BLOCK,
@@ -175,6 +176,7 @@ def test_text_form() -> None:
         ({"density": "0.1"}, "density is '0.1'"),
         ({"density": 0.1, "block": 32}, "block is 32; accepted are 64, 128"),
         ({"density": 0.1, "block": True}, "block is True"),
+        ({"density": 0.1, "last": -1}, "last is -1; accepted is a whole number of at least 0"),
         ({"density": 0.1, "blok": 64}, "'blok'.*Did you mean 'block'"),
         ({"density": 0.1, "head_densities": []}, "head_densities is"),
         ({"density": 0.1, "head_densities": "0.1"}, "head_densities is"),
@@ -198,7 +200,10 @@ def test_bad_parameters(params: Mapping[str, Any], message: str) -> None:
         ("threshold", {"window": 0}, "window is 0"),
         ("threshold", {"last": -1}, "last is -1"),
         ("threshold", {"self_similarity": 2}, "self_similarity is 2; accepted is a cosine"),
+        ("a_shape", {"last": 1.5}, "last is 1.5"),
         ("top_p", {"coverage": 0}, "coverage is 0"),
+        ("top_p", {"last": -1}, "last is -1"),
+        ("xattention", {"last": "2"}, "last is '2'"),
         ("top_p", {"score": "best"}, "score is 'best'; accepted are 'pooled', 'mass', 'antidiagonal'"),
         ("top_p", {"score": "antidiagonal", "self_similarity": 0.5}, "not for 'antidiagonal'"),
         ("xattention", {"tau": 1.5}, "tau is 1.5"),
@@ -214,13 +219,68 @@ def test_bad_parameters_of_scored_methods(method: str, params: Mapping[str, Any]
 def test_a_shapes_density_follows_the_length() -> None:
     method = AShape(window=512, sink=128, block=64)
     for length in (256, 1024, 8192):
-        counts = method.select(
-            torch.zeros(1, 1, length, 16), torch.zeros(1, 1, length, 16), scale=1.0, visible=Visible(right=0),
-            counter=None,
-        ).kv_num_blocks  # fmt: skip
-        blocks = length // 64
-        share = int(counts.sum()) / (blocks * (blocks + 1) / 2)
-        assert method.density_at(length) == pytest.approx(share, abs=0.08)
+        for one in (method, replace(method, last=2)):
+            assert one.density_at(length) == pytest.approx(share_listed(one, length), abs=0.08)
+
+
+def share_listed(method: Method, length: int) -> float:
+    """Of the visible blocks of 64 tokens, causal, the share listed for random inputs."""
+    q = torch.randn(1, 1, length, 16, generator=torch.Generator().manual_seed(0))
+    counts = method.select(q, q, scale=1.0, visible=Visible(right=0), counter=None).kv_num_blocks
+    blocks = -(-length // 64)
+    return int(counts.sum()) / (blocks * (blocks + 1) / 2)
+
+
+LAST: tuple[Method, ...] = (
+    AShape(128, 64, 64, last=2),
+    PooledTopK(0.2, 64, last=2),
+    PooledTopK(0.2, 64, (0.2,), last=3),
+    TopP(0.3, block=64, last=2),
+    TopP(0.3, "mass", block=64, last=1),
+    XAttention(0.3, block=64, last=2),
+    Threshold(0.999, last=2, block=64),
+)
+
+
+@pytest.mark.parametrize("method", LAST, ids=Method.text)
+def test_the_last_query_blocks_list_all_that_is_visible(method: Method) -> None:
+    """With packing, padding, windows, and few queries behind many keys; the others as without ``last``."""
+    plain = replace(method, last=0)  # type: ignore[type-var]
+    g = torch.Generator().manual_seed(0)
+    segments = torch.full((2, 1000), -1, dtype=torch.int32)
+    segments[0, 200:] = 0  # padding on the left
+    segments[1] = torch.arange(1000) // 600
+    for queries, visible in (
+        (1000, Visible(right=0)),
+        (1000, Visible(right=0, kv_segments=segments)),
+        (1000, Visible(left=299, right=0, q_segments=segments, kv_segments=segments)),
+        (1000, Visible()),
+        (10, Visible(right=0, offset=990)),
+        (300, Visible(right=0, offset=700)),
+    ):
+        q, k = torch.randn(2, 1, queries, 16, generator=g), torch.randn(2, 1, 1000, 16, generator=g)
+        every, tail, rest = (
+            one.select(q, k, scale=0.25, visible=visible, counter=None) for one in (PooledTopK(1.0, 64), method, plain)
+        )
+        all_, named, without = (
+            listed_blocks(one.kv_num_blocks, one.kv_indices, 16).expand(2, 1, -1, -1) for one in (every, tail, rest)
+        )
+        assert tail.kv_indices.shape[-1] == 16
+        assert torch.equal(named[:, :, -method.last :], all_[:, :, -method.last :])  # type: ignore[attr-defined]
+        assert torch.equal(named[:, :, : -method.last], without[:, :, : -method.last])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.7])
+@pytest.mark.parametrize("length", [1000, 8192])
+def test_density_counts_the_last_blocks(density: float, length: int) -> None:
+    method = PooledTopK(density, 64, last=2)
+    more = share_listed(method, length) - share_listed(PooledTopK(density, 64), length)
+    assert method.density_at(length) - density == pytest.approx(more, abs=0.05)
+    assert method.cost_at(length) == method.density_at(length) > method.mean_density
+    assert PooledTopK(density, 64, (density, density / 2), last=2).density_at(length) < method.density_at(length)
+    assert PooledTopK(density, last=1 << 30).density_at(length) == 1.0
+    assert TopP(0.5, last=1).density_at(length) > TopP(0.5).density_at(length)
+    assert Threshold(last=9).density_at(length) > Threshold().density_at(length) == Threshold(last=0).density_at(length)
 
 
 def test_unknown_names() -> None:
@@ -256,6 +316,13 @@ def test_heads_merge_and_split() -> None:
     assert merged == Budget("pooled_topk", {"density": 1.0, "head_densities": (0.1, 1.0, 0.4)})
     method = make_method(merged)
     assert [method.for_head(head).budget() for head in (0, 2)] == [sparse, denser]
+    tails = [Budget("pooled_topk", {"density": share, "last": 2}) for share in (0.1, 0.4)]
+    with_last = make_method(merge_heads([*tails, DENSE]))
+    assert with_last.text() == "pooled_topk(density=1.0, head_densities=(0.1, 0.4, 1.0), last=2)"
+    assert [with_last.for_head(head).budget() for head in (0, 1)] == tails
+    assert with_last.uniform().text() == "pooled_topk(density=1.0, last=2)"
+    with pytest.raises(PolicyError, match=r"cannot run together: .*last=2"):
+        merge_heads([sparse, tails[0]])
     assert method.mean_density == pytest.approx(0.5)
     with pytest.raises(PolicyError, match="for 3 heads is used for head 3"):
         method.for_head(3)

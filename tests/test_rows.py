@@ -445,14 +445,14 @@ def test_the_op_refuses_rows_of_another_length() -> None:
             torch.ops.sparsepass.attention(x, x, x, *rest, rows)
 
 
-def topk(density: float, block: int | None = None, heads: tuple[float, ...] | None = None) -> Budget:
-    params = {"density": density, "block": block, "head_densities": heads}
+def topk(density: float, block: int | None = None, heads: tuple[float, ...] | None = None, last: int = 0) -> Budget:
+    params = {"density": density, "block": block, "head_densities": heads, "last": last}
     return make_method(Budget("pooled_topk", params)).budget()
 
 
 BUDGETS = st.one_of(
     st.just(DENSE),
-    st.builds(topk, st.floats(0.01, 1.0), st.sampled_from([None, 64, 128])),
+    st.builds(topk, st.floats(0.01, 1.0), st.sampled_from([None, 64, 128]), last=st.sampled_from([0, 0, 2])),
     st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda heads: topk(max(heads), None, heads)),
 )
 
@@ -472,6 +472,7 @@ def test_classes_share_a_launch(budgets: dict[TaskClass, Budget]) -> None:
         row = dials[TASKS.index(task)]
         assert all(0 < dial <= cap for dial in row)
         method = make_method(budget)
+        assert budget.dense or make_method(shared.cap).last >= method.last  # type: ignore[attr-defined]
         if budget.dense:
             assert row == (1.0, 1.0)
         elif not any(one.replaced for one in shared.classes if one.task is task):
@@ -526,8 +527,8 @@ def test_bad_lists_are_refused_at_once(given_hints: Any) -> None:
 
 
 PAIRS: dict[str, tuple[Budget, Budget]] = {
-    "a_shape": (Budget("a_shape", {"window": 128}), Budget("a_shape", {"window": 400})),
-    "pooled_topk": (topk(0.4), topk(0.8)),
+    "a_shape": (Budget("a_shape", {"window": 128, "last": 1}), Budget("a_shape", {"window": 400, "last": 1})),
+    "pooled_topk": (topk(0.4, last=1), topk(0.8, last=1)),
     "threshold": (
         Budget("threshold", {"alpha": 0.9999, "window": 1}),
         Budget("threshold", {"alpha": 0.98, "window": 1}),

@@ -160,6 +160,18 @@ def whole(method: str, parameter: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def last_blocks(method: str, value: Any) -> int:
+    """``value`` as a number of query blocks at the end. Raises ``PolicyError``."""
+    return whole(method, "last", value, 0)
+
+
+def area_of_last(last: int, length: int, block: int | None) -> float:
+    """Share of a causal problem of ``length`` tokens that its ``last`` query blocks (None: of 128 tokens) see."""
+    rows = max(1, -(-length // (block or 128)))
+    last = min(last, rows)
+    return last * (2 * rows - last + 1) / (rows * (rows + 1))
+
+
 def block_size(method: str, value: Any) -> int | None:
     """``value`` if lists may have blocks of that many tokens. Raises ``PolicyError``."""
     if value is not None and (isinstance(value, bool) or value not in BLOCKS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparsepass.errors import PolicyError
@@ -89,9 +89,10 @@ def share_batch(budgets: Mapping[TaskClass, Budget], length: int | None = None) 
     """How classes with these budgets share one launch; None where all are dense.
 
     The method is that of the class that computes most at ``length`` keys. A class of another method, or of another
-    block size, gets that class's budget: never less than its own share, since that one computes more.
+    block size, gets that class's budget: never less than its own share, since that one computes more. So that no class
+    loses the query blocks at its end that it computes whole, all get as many as the one with most.
     """
-    methods = {task: make_method(budget) for task, budget in budgets.items()}
+    methods = _with_most_last({task: make_method(budget) for task, budget in budgets.items()})
     sparse = [method for method in methods.values() if not method.computes_all]
     if not sparse:
         return None
@@ -122,6 +123,15 @@ def leaves_as_is(budgets: RowBudgets, others: RowBudgets) -> bool:
 def density_of(method: Method, length: int | None) -> float:
     """The share a method computes, mean over heads."""
     return method.mean_density if length is None else method.density_at(length)
+
+
+def _with_most_last(methods: dict[TaskClass, Method]) -> dict[TaskClass, Method]:
+    """Every method that has a ``last`` with the greatest of them."""
+    most = max((getattr(method, "last", 0) for method in methods.values()), default=0)
+    return {
+        task: replace(method, last=most) if hasattr(method, "last") else method  # type: ignore[type-var]
+        for task, method in methods.items()
+    }
 
 
 def _fits(costliest: Method, method: Method) -> bool:

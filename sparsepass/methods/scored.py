@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.methods import densities
-from sparsepass.methods.base import Method
+from sparsepass.methods.base import Method, area_of_last
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +24,12 @@ class ScoredMethod(Method):
     changes nothing in what is computed.
     """
 
+    measured_last: ClassVar[int] = 0
+    """``last`` of what was measured: what it computes is in the measured share."""
+
     if TYPE_CHECKING:
         block: int | None
+        last: int
         expected_density: float | None
 
     @property
@@ -54,7 +58,9 @@ class ScoredMethod(Method):
     def density_at(self, length: int) -> float:
         if self.expected_density is not None:
             return self.expected_density
-        return densities.density(self.curve, getattr(self, str(self.dial)), self.dial_at_all, length)
+        measured = densities.density(self.curve, getattr(self, str(self.dial)), self.dial_at_all, length)
+        area = area_of_last(self.last, length, self.block) - area_of_last(self.measured_last, length, None)
+        return min(1.0, measured + max(0.0, area) * (1.0 - measured))
 
     def cost_at(self, length: int) -> float:
         dial = getattr(self, str(self.dial))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import block_size, expected, similarity, whole
+from sparsepass.methods.base import block_size, expected, last_blocks, similarity, whole
 from sparsepass.methods.scored import ScoredMethod
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Threshold(ScoredMethod):
     name: ClassVar[str] = "threshold"
     dial: ClassVar[str | None] = "alpha"
     dial_at_all: ClassVar[float] = 0.0
+    measured_last: ClassVar[int] = 2
     alpha: float = 0.08
     sink: int = 2
     window: int = 4
@@ -42,7 +43,7 @@ class Threshold(ScoredMethod):
         object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "sink", whole(self.name, "sink", self.sink, 0))
         object.__setattr__(self, "window", whole(self.name, "window", self.window, 1))
-        object.__setattr__(self, "last", whole(self.name, "last", self.last, 0))
+        object.__setattr__(self, "last", last_blocks(self.name, self.last))
         object.__setattr__(self, "self_similarity", similarity(self.name, self.self_similarity))
         object.__setattr__(self, "expected_density", expected(self.name, self.expected_density))
         object.__setattr__(self, "block", block_size(self.name, self.block))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsepass.errors import PolicyError
-from sparsepass.methods.base import block_size, expected, share, similarity, whole
+from sparsepass.methods.base import block_size, expected, last_blocks, share, similarity, whole
 from sparsepass.methods.scored import ScoredMethod
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class TopP(ScoredMethod):
     is estimated from: ``pooled`` (mean query against mean key), ``mass`` (every query against mean key, as
     ``threshold``) or ``antidiagonal`` (as ``xattention``, with its ``stride``). ``sink`` and ``window``: blocks always
     computed, as for ``threshold``. ``block``: 64 or 128 tokens, ``None``: the device's default. ``self_similarity``:
-    blocks whose tokens' mean cosine is under it are always computed (SpargeAttn). Raises ``PolicyError``.
+    blocks whose tokens' mean cosine is under it are always computed (SpargeAttn). ``last``: query blocks at the end
+    that compute everything visible, as for ``threshold``. Raises ``PolicyError``.
     """
 
     name: ClassVar[str] = "top_p"
@@ -44,6 +45,7 @@ class TopP(ScoredMethod):
     block: int | None = None
     self_similarity: float | None = None
     expected_density: float | None = None
+    last: int = 0
 
     def __post_init__(self) -> None:
         from sparsepass.kernels.rules import SCORES
@@ -59,6 +61,7 @@ class TopP(ScoredMethod):
             raise PolicyError("top_p self_similarity is for scores from means, not for 'antidiagonal': leave it out.")
         object.__setattr__(self, "expected_density", expected(self.name, self.expected_density))
         object.__setattr__(self, "block", block_size(self.name, self.block))
+        object.__setattr__(self, "last", last_blocks(self.name, self.last))
 
     @property
     def curve(self) -> str:
@@ -78,5 +81,6 @@ class TopP(ScoredMethod):
             sink=self.sink,
             window=self.window,
             stride=self.stride,
+            last=self.last,
             self_similarity=self.self_similarity,
         )

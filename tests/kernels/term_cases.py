@@ -64,10 +64,14 @@ def check_selection(
     blocks = visible_blocks(inputs.q, inputs.k, inputs.scores, inputs.band, **sizes)
     truth = block_truth(case, inputs)
     shares = torch.rand(1, case.heads, generator=torch.Generator().manual_seed(case.seed)).to(inputs.q.device)
-    for density in (0.3, 1.0, shares):
+    for density, last in ((0.3, 0), (0.3, 1), (1.0, 0), (shares, 2)):
         counter = torch.zeros(3, dtype=torch.int64, device=inputs.q.device)
-        num, lists = select(inputs.q, inputs.k, **inputs.mask, density=density, blocks=blocks, counter=counter)
-        expected, _ = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=density, blocks=truth)
+        num, lists = select(
+            inputs.q, inputs.k, **inputs.mask, density=density, last=last, blocks=blocks, counter=counter
+        )
+        expected, _ = select_blocks_reference(
+            inputs.q, inputs.k, **inputs.mask, density=density, last=last, blocks=truth
+        )
         assert torch.equal(num, expected)
         assert counter.tolist() == [0, 0, int(truth.sum())]
         assert not (listed_blocks(num, lists, truth.shape[-1]) & ~truth).any()

@@ -33,11 +33,11 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
 DENSITIES = (0.0, 0.05, 0.1, 0.3, 0.5, 0.9, 1.0)
 
 
-def check(case: Case, density: float | Tensor, **more: Any) -> None:
+def check(case: Case, density: float | Tensor, last: int = 0, **more: Any) -> None:
     """Same counts and width as the reference; blocks may differ only where scores are equal up to rounding."""
     inputs = case.tensors()
-    counts, indices = select_blocks_cpu(inputs.q, inputs.k, **inputs.mask, density=density, **more)
-    wanted, wanted_indices = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=density)
+    counts, indices = select_blocks_cpu(inputs.q, inputs.k, **inputs.mask, density=density, last=last, **more)
+    wanted, wanted_indices = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=density, last=last)
     assert counts.dtype == indices.dtype == torch.int32
     assert torch.equal(counts, wanted)
     if not more:
@@ -58,9 +58,12 @@ def check(case: Case, density: float | Tensor, **more: Any) -> None:
         assert (near | ~different).all()
 
 
-@given(case=cases(dtypes=(torch.float32, torch.float16, torch.bfloat16)), density=st.sampled_from(DENSITIES))
-def test_matches_the_reference(case: Case, density: float) -> None:
-    check(case, density)
+LAST = st.sampled_from([0, 1, 2, 99])
+
+
+@given(case=cases(dtypes=(torch.float32, torch.float16, torch.bfloat16)), density=st.sampled_from(DENSITIES), last=LAST)
+def test_matches_the_reference(case: Case, density: float, last: int) -> None:
+    check(case, density, last)
 
 
 @given(case=cases(bad=True), density=st.sampled_from(DENSITIES))
@@ -80,7 +83,7 @@ def test_a_density_per_head(case: Case, data: st.DataObject) -> None:
     rows = data.draw(st.sampled_from([1, case.batch]))
     shares = data.draw(st.lists(st.sampled_from(DENSITIES), min_size=rows * case.heads, max_size=rows * case.heads))
     density = torch.tensor(shares).view(rows, case.heads)
-    check(case, density)
+    check(case, density, data.draw(LAST))
     check(case, density, max_density=1.0)
 
 

@@ -84,12 +84,17 @@ def test_pooled_topk_keeps_blocks_that_are_not_self_similar(case: Case, least: f
     q, k, mask = inputs.q, inputs.k, inputs.mask
     columns = -(-case.kv_len // case.kv_block)
     plain = listed_blocks(*select_blocks_cpu(q, k, **mask, density=density), columns)
-    named = listed_blocks(*select_blocks_cpu(q, k, **mask, density=density, self_similarity=least), columns)
+    named, tail = (
+        listed_blocks(*select_blocks_cpu(q, k, **mask, density=density, self_similarity=least, last=last), columns)
+        for last in (0, 1)
+    )
     allowed = listed_blocks(*select_blocks_cpu(q, k, **mask, density=1.0), columns)
     segments = mask["kv_segments"]
     of_keys = self_similarity_reference(k, segments, case.kv_block).repeat_interleave(case.group, 1)[:, :, None]
     of_rows = self_similarity_reference(q, None if segments is None else mask["q_segments"], case.q_block)[..., None]
     assert not (allowed & ((of_keys < least - 1e-4) | (of_rows < least - 1e-4)) & ~named).any()
     assert not (named & ~allowed).any()
+    assert torch.equal(tail[:, :, -1:], allowed[:, :, -1:])
+    assert torch.equal(tail[:, :, :-1], named[:, :, :-1])
     similar = (of_keys > least + 1e-4).all(-1).all(-1) & (of_rows > least + 1e-4).all(-2).all(-1)
     assert int(named[similar].sum()) == int(plain[similar].sum())

@@ -48,15 +48,15 @@ def differing_scores(case: Case, q: Tensor, k: Tensor, mask: dict[str, Any], got
 
 
 @settings(max_examples=EXAMPLES)
-@given(cases(**DRAWN), st.floats(0, 1.1), st.booleans())
-def test_selects_what_the_reference_selects(case: Case, density: float, per_head: bool) -> None:
+@given(cases(**DRAWN), st.floats(0, 1.1), st.booleans(), st.sampled_from([0, 1, 2, 99]))
+def test_selects_what_the_reference_selects(case: Case, density: float, per_head: bool, last: int) -> None:
     inputs = case.tensors(DEVICE)
     wanted: float | Tensor = density
     if per_head:
         wanted = torch.rand(case.batch, case.heads, generator=torch.Generator().manual_seed(case.seed)).to(DEVICE)
     counter = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    got = select(inputs.q, inputs.k, inputs.mask, density=wanted, counter=counter)
-    want = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=wanted)
+    got = select(inputs.q, inputs.k, inputs.mask, density=wanted, last=last, counter=counter)
+    want = select_blocks_reference(inputs.q, inputs.k, **inputs.mask, density=wanted, last=last)
     assert torch.equal(got[0], want[0])
     assert differing_scores(case, inputs.q, inputs.k, inputs.mask, got, want) < 1e-4
     _, allowed, _ = block_scores_reference(inputs.q, inputs.k, **inputs.mask)
