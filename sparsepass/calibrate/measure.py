@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from sparsepass import counters
 from sparsepass.calibrate.cell import Outcome
 from sparsepass.calibrate.log import Key, Log
 from sparsepass.calibrate.rows import TokenRows
 from sparsepass.calibrate.setting import Setting, setting_text
-from sparsepass.calibrate.switch import BudgetSwitch
+from sparsepass.calibrate.switch import BudgetSwitch, counted
 from sparsepass.errors import SparsepassError
 from sparsepass.tasks.base import Sample, Task
 from sparsepass.tasks.tokens import TokenTask
@@ -130,7 +129,7 @@ class _Running:
         self.density = 1.0
 
     def __enter__(self) -> _Running:
-        self._before = counters.total()
+        self._before = counted()
         self._gradients = torch.no_grad()
         self._gradients.__enter__()
         return self
@@ -139,7 +138,7 @@ class _Running:
         self._gradients.__exit__(kind, error, trace)
         if error is not None or self._setting is None:
             return
-        ran = counters.total() - self._before
+        ran = counted() - self._before
         if not ran.launches:
             raise MeasureError(
                 f"{self._model} ran no sparse attention under {setting_text(self._setting)}: none of its attention was "

@@ -14,8 +14,8 @@ from sparsepass.tasks.score import best_tokens
 from sparsepass.tasks.tokens import TokenTask
 from sparsepass.types import TaskClass
 
-TOGETHER = 2**17
-"""Tokens of a batch."""
+TOGETHER = {"cpu": 2**11, "cuda": 2**17}
+"""Tokens of a batch, by kind of device."""
 
 DRAWN = 64
 """Samples that are drawn at once: a sample is its place in such a draw, so this number is part of what a seed means."""
@@ -24,10 +24,10 @@ DRAWN = 64
 class TokenRows:
     """Scores by forced answers, many contexts at a time. What a seed draws depends on the kind of device."""
 
-    def __init__(self, model: Any, together: int = TOGETHER) -> None:
+    def __init__(self, model: Any, together: int = 0) -> None:
         self._model = model
-        self._together = together
         self._device = next(model.parameters()).device
+        self._together = together or TOGETHER.get(self._device.type, 2**17)
         self._drawn: dict[tuple[str, int, int], tuple[torch.Tensor, int]] = {}
 
     @staticmethod

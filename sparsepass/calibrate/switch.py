@@ -1,4 +1,4 @@
-"""One model, many settings: a backend that rewrites each captured graph once and says at every call what it computes."""
+"""One model, many settings: a backend that rewrites each captured graph once and asks at each call what to compute."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsepass import counters
 from sparsepass import options as names
 from sparsepass.calibrate.setting import Setting, layer_budget
 from sparsepass.methods import encode_budget
@@ -19,6 +20,9 @@ from sparsepass.types import EXACT, Budget
 
 _BUDGET, _SLOT = 9, 10
 """Places of the budget's text and of the counter's slot among the arguments of the op."""
+
+AFTER_CACHE = counters.CAPACITY - 1
+"""Slot of what follows a cache: few rows in whole blocks, which say nothing of the share of a request computed."""
 
 ANY = Budget("pooled_topk", {"density": 0.5})
 """What a graph is rewritten for: which sites can be sparse does not depend on the budget."""
@@ -72,9 +76,19 @@ class BudgetSwitch:
             if text not in prepared:
                 prepare(text, heads, query.device)
                 prepared.add(text)
-            return SPARSE_ATTENTION(query, *args[: _BUDGET - 1], text, *args[_BUDGET:], **kwargs)  # type: ignore[no-any-return]
+            slot = args[_SLOT - 1] if query.shape[2] == args[0].shape[2] else AFTER_CACHE
+            return SPARSE_ATTENTION(query, *args[: _BUDGET - 1], text, slot, *args[_SLOT:], **kwargs)  # type: ignore[no-any-return]
 
         return switched_attention
+
+
+def counted() -> counters.Counts:
+    """What was computed so far, but for queries behind a cache. Waits for the devices."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", one) for one in range(torch.cuda.device_count()))]
+    found = counters.total()
+    for device in devices:
+        found = found - counters.read(device, AFTER_CACHE)
+    return found
 
 
 def _compile(gm: fx.GraphModule, examples: Sequence[Any], policy: Policy) -> Any:

@@ -38,6 +38,9 @@ ROOM = 0.25
 TOKENS_AT_ONCE = {"cpu": 1, "cuda": 2**17}
 """Tokens of a batch; on the CPU one row at a time, as more would not be faster."""
 
+CACHED_AT_ONCE = 2**15
+"""Tokens of a batch, cached ones included, where questions follow a cache: few new ones, so that rows share the work."""
+
 
 def score(
     model: Any,
@@ -123,7 +126,7 @@ def _rows(model: Any, sample: Sample, mode: Mode) -> list[tuple[int, ...]]:
         sizes.setdefault((len(question.prompt), len(question.answer)), []).append(number)
     for (asked, size), numbers in sizes.items():
         length = len(sample.context) + asked
-        limit = TOKENS_AT_ONCE.get(_device(model).type, 2**17)
+        limit = TOKENS_AT_ONCE.get(_device(model).type, 2**17) if cache is None else CACHED_AT_ONCE
         batch = min(len(numbers), max(1, limit // length))
         for start in range(0, len(numbers), batch):
             mine = numbers[start : start + batch]
