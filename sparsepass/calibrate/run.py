@@ -46,7 +46,11 @@ def ladders(methods: Sequence[str]) -> dict[str, tuple[Budget, ...]]:
     for text in methods:
         steps = ladder(text)
         name = steps[0].method
-        found[name if name not in found else text.rpartition("=")[0] or text] = steps
+        if name in found:
+            dial = make_method(steps[0]).dial
+            kept = ", ".join(f"{key}={value}" for key, value in sorted(steps[0].params.items()) if key != dial)
+            name = f"{name}({kept})"
+        found[name] = steps
     return found
 
 

@@ -39,7 +39,7 @@ TOKENS_AT_ONCE = {"cpu": 1, "cuda": 2**17}
 """Tokens of a batch; on the CPU one row at a time, as more would not be faster."""
 
 CACHED_AT_ONCE = 2**15
-"""Tokens of a batch, cached ones included, where questions follow a cache: few new ones, so that rows share the work."""
+"""Tokens of a batch, cached ones included, where questions follow a cache: few are new, so rows share the work."""
 
 
 def score(
