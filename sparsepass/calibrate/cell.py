@@ -42,14 +42,18 @@ NOMINAL = 16
 """Questions that a context is thought to have, where that is left to the task and the length."""
 
 
+LEAST = 0.2
+"""Dense accuracy under which there is nothing to keep."""
+
+
 @dataclass(frozen=True, slots=True)
 class Goal:
     """How safe is safe.
 
     ``loss``: tolerated share of the dense accuracy. ``confidence``: of each statement that a budget loses no more.
     ``questions``: asked about each context. ``search`` and ``verify``: the most contexts per budget; a task with fewer
-    questions per context gets more of them to be verified on. ``least``: dense
-    accuracy under which there is nothing to keep.
+    questions per context gets more of them to be verified on. ``least``: the
+    dense accuracy that is asked for.
     """
 
     loss: float = 0.01
@@ -57,7 +61,7 @@ class Goal:
     questions: int = NOMINAL
     search: int = 8
     verify: int = 64
-    least: float = 0.2
+    least: float = LEAST
     seed: int = 0
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from sparsepass.calibrate.bounds import Paired
-from sparsepass.calibrate.cell import Goal, Meter, Outcome, prefetch
+from sparsepass.calibrate.cell import LEAST, Meter, Outcome, prefetch
 from sparsepass.calibrate.fit import Curve, Fit, fit
 from sparsepass.calibrate.setting import Setting, policy_setting, setting_text
 from sparsepass.policy import Policy
@@ -41,12 +42,12 @@ class Place:
     fixed: tuple[Measured, ...]
     """Every budget of every method, in the order of ``Evaluation.methods``; dense is the last."""
     curves: Mapping[str, Curve]
-    """Loss by density, by method."""
+    """Loss by density, by method; empty where the fixed budgets were not asked."""
 
     @property
     def fails(self) -> bool:
         """Whether the dense model answers too little for a loss to mean anything."""
-        return self.dense.paired.accuracy < Goal.least
+        return self.dense.paired.accuracy < LEAST
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,13 @@ class Evaluation:
     methods: Mapping[str, Sequence[Budget]]
     every: tuple[Place, ...]
 
+    complete: bool = True
+    """False where the time limit came before all fixed budgets were asked everywhere."""
+
     @property
     def places(self) -> tuple[Place, ...]:
-        """Those where the dense model can do the task."""
-        return tuple(place for place in self.every if not place.fails)
+        """Those where the dense model can do the task, and the fixed budgets were asked."""
+        return tuple(place for place in self.every if not place.fails and place.curves)
 
     def density(self, step: int | None) -> float:
         """Share computed by a fixed budget, or by the policy (None): mean over the mix and the lengths."""
@@ -74,7 +78,8 @@ class Evaluation:
 
     def keeps(self, step: int | None) -> bool:
         """Whether a fixed budget, or the policy, is shown to lose no more than tolerated in every place."""
-        return all(self.kept(_of(place, step)) for place in self.places)
+        places = self.places if step is not None else [place for place in self.every if not place.fails]
+        return all(self.kept(_of(place, step)) for place in places)
 
     def kept(self, held: Measured) -> bool:
         """Whether a setting is shown to lose no more than tolerated; dense loses nothing."""
@@ -129,7 +134,7 @@ def _of(place: Place, step: int | None) -> Measured:
     return place.policy if step is None else place.fixed[step]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Asked:
     """What was measured at one task and length, by setting."""
 
@@ -148,6 +153,17 @@ class _Asked:
         for seed in seeds:
             held.append(self.meter.run(self.task.name, self.length, seed, setting))
             self.tick(f"{self.task.name} {self.length} {setting_text(setting)}")
+
+    @property
+    def able(self) -> bool:
+        """Whether the dense model can do the task."""
+        return self.measured(None).paired.accuracy >= LEAST
+
+    def ask_all(self, settings: Sequence[Setting], contexts: int) -> bool:
+        """See that so many contexts were asked about under each. Always true."""
+        for setting in settings:
+            self.ask(setting, contexts)
+        return True
 
     def measured(self, setting: Setting | None) -> Measured:
         paired, held = Paired(), self.outcomes[setting]
@@ -178,14 +194,21 @@ def evaluate(
     confidence: float = 0.95,
     seed: int = 0,
     weights: Mapping[str, float] | None = None,
+    time_limit: float = 0.0,
     tick: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Run fresh samples per task and length: dense, under the policy, under every fixed budget.
 
     ``methods``: fixed budgets by method, the sparsest first. ``contexts``: asked about densely and under the policy.
     ``mapped``: asked about under every fixed budget (all if absent); one that is not shown to lose too much anywhere is
-    then asked about the others, too, as it may be the best fixed one.
+    then asked about the others, too, as it may be the best fixed one. ``time_limit``: seconds after which the fixed
+    budgets are asked at no further place.
     """
+    began = time.monotonic()
+
+    def late() -> bool:
+        return bool(time_limit) and time.monotonic() - began > time_limit
+
     first = min(contexts, mapped or contexts)
     budgets = [budget for steps in methods.values() for budget in steps]
     layers, heads = int(getattr(meter, "layers", 1)), int(getattr(meter, "heads", 1))
@@ -197,25 +220,26 @@ def evaluate(
             at.ask(None, contexts)
             given[task.name, length] = policy_setting(policy, task.task_class, length, layers, max(1, heads))
             asked.append(at)
-            if at.measured(None).paired.accuracy >= Goal.least:
+            if at.able:
                 at.ask(given[task.name, length], contexts)
-                for budget in budgets:
-                    at.ask(budget, first)
-    able = [at for at in asked if len(at.outcomes) > 1 or not budgets]
+    able = [at for at in asked if at.able]
+    mapped_at = [at for at in able if not late() and at.ask_all(budgets, first)]
     for budget in budgets:
-        if any(at.measured(budget).paired.lower(1 - confidence) > tolerated for at in able):
+        if late() or any(at.measured(budget).paired.lower(1 - confidence) > tolerated for at in mapped_at):
             continue
-        for at in able:
+        for at in mapped_at:
             at.ask(budget, contexts)
     places = []
     for at in asked:
         dense, setting = at.measured(None), given[at.task.name, at.length]
         head = (at.task.name, at.task.task_class, at.length, dense)
-        if at not in able:
-            places.append(Place(*head, dense, (dense,) * (len(budgets) + 1), {}))
+        if at not in mapped_at:
+            policy_held = at.measured(setting) if at in able else dense
+            places.append(Place(*head, policy_held, (dense,) * (len(budgets) + 1), {}))
             continue
         fixed = tuple(at.measured(budget) for budget in budgets)
         curves = {name: at.curve(steps, first) for name, steps in methods.items()}
         places.append(Place(*head, at.measured(setting), (*fixed, dense), curves))
     shares = dict(weights) if weights is not None else {task.name: 1.0 for task in tasks}
-    return Evaluation(tolerated, confidence, shares, dict(methods), tuple(places))
+    complete = len(mapped_at) == len(able) and not late()
+    return Evaluation(tolerated, confidence, shares, dict(methods), tuple(places), complete)

@@ -22,10 +22,10 @@ _SAFE, _OUTPUT = "What is compared", "Output"
 
 
 FIXED = (
-    "a_shape(sink=64, block=64, last=2)=64,256,1024,4096",
-    "pooled_topk(density=0.1, block=64, last=2)=0.05,0.1,0.2,0.35,0.5,0.7,0.85",
-    "pooled_topk(density=0.1, block=64)=0.05,0.1,0.2,0.35,0.5,0.7,0.85",
-    "threshold(block=64)=0.5,0.18,0.08,0.03,0.01",
+    "a_shape(sink=64, block=64, last=2)=64,256,1024",
+    "pooled_topk(density=0.1, block=64, last=2)=0.05,0.2,0.5,0.75",
+    "pooled_topk(density=0.1, block=64)=0.05,0.1,0.2,0.35,0.5,0.75,0.9",
+    "threshold(block=64)=0.5,0.1,0.02",
 )
 """Compared if none are given."""
 
@@ -41,6 +41,7 @@ class EvaluateOptions(Asked):
     questions: int = option(0, "Asked about each context; 0: as many as share its prefill.", _SAFE)
     contexts: int = option(32, "Fresh contexts of 16 questions per task and length, densely and by the policy.", _SAFE)
     mapped: int = option(4, "Of these, asked about under every fixed budget; under the best ones all.", _SAFE)
+    time_limit: float = option(0.0, "Seconds after which fixed budgets are asked at no further place; 0: none.", _SAFE)
     out: Path | None = option(None, "JSON file.", _OUTPUT)
     plots: Path | None = option(None, "Folder for plots.", _OUTPUT)
 
@@ -80,6 +81,7 @@ def run(options: EvaluateOptions) -> int:
                 confidence=options.confidence,
                 seed=options.seed,
                 weights=weights,
+                time_limit=options.time_limit,
                 tick=bars.step,
             )
     content = as_json(found)
@@ -129,6 +131,7 @@ def as_json(found: Evaluation) -> dict[str, Any]:
     return {
         "tolerated": found.tolerated,
         "confidence": found.confidence,
+        "complete": found.complete,
         "policy": {"density": found.density(None), "keeps": found.keeps(None), "worst_loss": found.worst(None)},
         "best_fixed": None if best is None else setting_text(found.fixed_budget(best)),
         "of_best_fixed": None if best is None else found.density(None) / found.density(best),

@@ -22,7 +22,7 @@ def tables(found: Evaluation) -> RenderableType:
     """Per task and length, then by method the heat map and the law, then what it amounts to."""
     parts: list[RenderableType] = [_places(found)]
     if not found.places:
-        return Group(*parts, Text("The dense model fails everywhere: there is nothing to keep.", style="bold"))
+        return Group(*parts, Text("No place where dense does not fail and fixed budgets were asked.", style="bold"))
     fits = {method: found.fits(method) for method in found.methods}
     tests = [tested(found, method) for method in found.methods]
     parts += [_laws(method, laws) for method, laws in fits.items()]
@@ -42,6 +42,9 @@ def _places(found: Evaluation) -> Table:
         row = [place.task, tokens(place.length), str(dense.questions), f"{dense.accuracy:.1%}"]
         if place.fails:
             table.add_row(*row, "", "dense fails")
+            continue
+        if not place.curves:
+            table.add_row(*row, f"{place.policy.density:.3f}", _loss(found, place.policy), "not asked", "not asked")
             continue
         held = [place.policy, *(None if step is None else place.fixed[step] for step in (equal, best))]
         table.add_row(*row, f"{place.policy.density:.3f}", *(_loss(found, one) for one in held))

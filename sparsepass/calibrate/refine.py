@@ -54,14 +54,17 @@ class Refinement:
         """The sparsest setting that is likely safe, then denser ones, one change taken back after the other."""
         base = Layered((self.base,) * self.layers)
         taken = self._greedy(base, [_Change(layer, self.low) for layer in range(self.layers)])
-        if by_head:
-            now = taken[0] if taken else base
-            kept = [layer for layer in range(self.layers) if now.budgets[layer] == self.base]
-            for layer in kept:
+        if not by_head:
+            return taken
+        now = taken[0] if taken else base
+        finer: list[Layered] = []
+        for layer in range(self.layers):
+            if now.budgets[layer] == self.base:
                 changes = [_Change(layer, self._without(head), head) for head in range(self.heads)]
-                taken = self._greedy(now, changes) + taken
-                now = taken[0] if taken else base
-        return taken
+                finer = self._greedy(now, changes) + finer
+                now = finer[0] if finer else now
+        third = -(-len(finer) // 3)
+        return [*finer[:: max(1, third)], *taken]  # few are verified
 
     def _greedy(self, base: Layered, changes: Sequence[_Change]) -> list[Layered]:
         """Settings with more and more of the changes, the most first."""

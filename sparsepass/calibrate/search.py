@@ -106,6 +106,8 @@ class Search:
         for seed in range(self.goal.search):
             self._ahead(seed, self.goal.search, AHEAD, budget, None)
             densities += self._add(paired, seed, budget, self._dense_scores(seed))
+            if not self._looks(seed + 1):
+                continue
             if paired.upper(LIKELY) <= limit or paired.lower(LIKELY) > limit:
                 break
         likely = paired.upper(LIKELY) <= limit or (paired.lower(LIKELY) <= limit and paired.loss <= limit / 2)
@@ -127,6 +129,8 @@ class Search:
                 densities += self._add(paired, HELD_OUT + seed, self.budgets[place])
                 last = paired.questions >= self.goal.verify * self.goal.questions
                 last = last or seed + 1 == STRETCH * self.goal.verify
+                if not last and not self._looks(seed + 1):
+                    continue
                 due = paired.least_trials >= needed * 3**looked if looked < LOOKS - 1 else False
                 if due or last:
                     looked += 1
@@ -141,6 +145,10 @@ class Search:
                 break
             place += 1
         return self._cell(Status.UNSAFE if doomed and place == len(self.budgets) - 1 else Status.UNSHOWN)
+
+    def _looks(self, contexts: int) -> bool:
+        """Whether the bounds are worked out after so many contexts: about each ``NOMINAL`` questions."""
+        return contexts * self.goal.questions % NOMINAL < self.goal.questions
 
     def _ahead(self, seed: int, end: int, least: int, *settings: Setting | None) -> None:
         """Where ``seed`` begins a new batch, have it asked: ``least`` contexts, then as many as before."""
