@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -72,6 +73,7 @@ class CalibrateOptions(Asked):
     name: str = option("calibrated", "Of the policy.", _OUTPUT)
     out: Path | None = option(None, "Policy file.", _OUTPUT)
     report: Path | None = option(None, "HTML report.", _OUTPUT)
+    details: Path | None = option(None, "JSON file of every cell and trial.", _OUTPUT)
 
 
 def run(options: CalibrateOptions) -> int:
@@ -115,6 +117,9 @@ def run(options: CalibrateOptions) -> int:
         from sparsepass.calibrate.report import write_html
 
         write_html(found, options.name, options.report)
+    if options.details is not None:
+        options.details.parent.mkdir(parents=True, exist_ok=True)
+        options.details.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
     if options.as_json:
         print(json.dumps(as_json(found), indent=1))
     else:
@@ -285,6 +290,7 @@ class Bars:
         self._bar = Progress(*columns, console=console, disable=quiet or self._lines, transient=True)
         self._task = self._bar.add_task(what, total=total)
         self._contexts = 0
+        self._began = time.monotonic()
 
     def __enter__(self) -> Bars:
         self._bar.start()
@@ -313,7 +319,10 @@ class Bars:
 
         self._bar.advance(self._task)
         value, below = note(cell)
-        line = f"{cell.task} {tokens(cell.length)} {cell.method}: {value} ({below}; {cell.questions} questions)"
+        spent = f"{time.monotonic() - self._began:.0f} s"
+        line = (
+            f"{cell.task} {tokens(cell.length)} {cell.method}: {value} ({below}; {cell.questions} questions), {spent}"
+        )
         self.say(line)
 
 

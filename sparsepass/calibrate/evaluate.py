@@ -107,7 +107,7 @@ class Evaluation:
     @property
     def equal_compute(self) -> int | None:
         """The fixed budget that computes most nearly as much as the policy; None where the policy is dense."""
-        mine = math.log(self.density(None))
+        mine = math.log(self.density(None)) if self.places else 0.0
         if mine > -1e-9 or self.steps < 2:
             return None
         return min(range(self.steps - 1), key=lambda step: abs(math.log(self.density(step)) - mine))

@@ -12,7 +12,7 @@ from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
 from sparsepass.calibrate.command import NOMINAL, QUESTIONS, Asked, Bars, Session, mode_of, weights_of
 from sparsepass.calibrate.evaluate import Evaluation, Measured, evaluate
-from sparsepass.calibrate.hypotheses import tested
+from sparsepass.calibrate.hypotheses import hypotheses_of
 from sparsepass.calibrate.run import ladders
 from sparsepass.calibrate.setting import setting_text
 from sparsepass.errors import OptionError
@@ -158,7 +158,7 @@ def as_json(found: Evaluation) -> dict[str, Any]:
             for place in found.every
         ],
         "fits": {method: {task: law(one) for task, one in found.fits(method).items()} for method in found.methods},
-        "hypotheses": [asdict(tested(found, method)) for method in found.methods if found.places],
+        "hypotheses": [asdict(hypotheses_of(found, method)) for method in found.methods if found.places],
     }
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sparsepass.calibrate.evaluate import Evaluation, Measured
 from sparsepass.calibrate.fit import Fit, difference
-from sparsepass.calibrate.hypotheses import Tested, tested
+from sparsepass.calibrate.hypotheses import Tested, hypotheses_of
 from sparsepass.calibrate.setting import setting_text
 from sparsepass.calibrate.words import tokens
 
@@ -24,7 +24,7 @@ def tables(found: Evaluation) -> RenderableType:
     if not found.places:
         return Group(*parts, Text("No place where dense does not fail and fixed budgets were asked.", style="bold"))
     fits = {method: found.fits(method) for method in found.methods}
-    tests = [tested(found, method) for method in found.methods]
+    tests = [hypotheses_of(found, method) for method in found.methods]
     parts += [_laws(method, laws) for method, laws in fits.items()]
     return Group(*parts, *(Text(sentence, style="bold") for sentence in sentences(found, fits, tests)))
 

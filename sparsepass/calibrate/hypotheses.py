@@ -65,7 +65,7 @@ class Tested:
     falls: tuple[Falls, ...]
 
 
-def tested(found: Evaluation, method: str) -> Tested:
+def hypotheses_of(found: Evaluation, method: str) -> Tested:
     """Test both hypotheses on what was measured under a method's budgets."""
     points = _points(found, method)
     tasks = list(dict.fromkeys(point.task for point in points))
