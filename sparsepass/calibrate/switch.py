@@ -124,6 +124,12 @@ def _without_dead_masks(graph: CompiledGraph) -> Callable[..., Any]:
 
 
 def _writes(node: fx.Node) -> bool:
+    """Whether a node may change a tensor in place: by its name, as torch and ``operator`` spell such functions."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    plain = name.endswith("__") or not name.endswith("_")
-    return not plain or name in ("setitem", "__setitem__") or "out" in node.kwargs
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _CHANGING
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in node.kwargs
+
+
+_CHANGING = {"setitem", "delitem"} | {f"i{one}" for one in ("add", "and", "concat", "floordiv", "lshift", "matmul")}
+_CHANGING |= {f"i{one}" for one in ("mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")}
