@@ -159,17 +159,24 @@ class _Asked:
         """Whether the dense model can do the task."""
         return self.measured(None).paired.accuracy >= LEAST
 
-    def ask_all(self, settings: Sequence[Setting], contexts: int) -> bool:
-        """See that so many contexts were asked about under each. Always true."""
+    def ask_all(self, settings: Sequence[Setting], contexts: int) -> None:
+        """See that so many contexts were asked about under each."""
         for setting in settings:
             self.ask(setting, contexts)
-        return True
 
     def measured(self, setting: Setting | None) -> Measured:
         paired, held = Paired(), self.outcomes[setting]
-        for dense, mine in zip(self.outcomes[None], held, strict=False):
-            paired.add(dense.scores, mine.scores)
+        for place, mine in enumerate(held):
+            paired.add(self._dense(place, mine), mine.scores)
         return Measured(setting, paired, sum(one.density for one in held) / (len(held) or 1))
+
+    def _dense(self, place: int, mine: Outcome) -> tuple[float, ...]:
+        """The dense scores of a context; where it was not asked and nothing was wrong, right."""
+        if place < len(self.outcomes[None]):
+            return self.outcomes[None][place].scores
+        if min(mine.scores) >= 1:
+            return mine.scores
+        return self.meter.run(self.task.name, self.length, self.seed + FRESH + place, None).scores
 
     def curve(self, steps: Sequence[Budget], contexts: int) -> Curve:
         """Of a method's budgets, on the contexts that all were asked about."""
@@ -190,6 +197,7 @@ def evaluate(
     *,
     contexts: int,
     mapped: int | None = None,
+    dense: int | None = None,
     tolerated: float,
     confidence: float = 0.95,
     seed: int = 0,
@@ -199,7 +207,9 @@ def evaluate(
 ) -> Evaluation:
     """Run fresh samples per task and length: dense, under the policy, under every fixed budget.
 
-    ``methods``: fixed budgets by method, the sparsest first. ``contexts``: asked about densely and under the policy.
+    ``methods``: fixed budgets by method, the sparsest first. ``contexts``: asked about under the policy. ``dense``:
+    asked about densely (all if absent); of the others only those where something was wrong, elsewhere dense is taken to
+    be right, which can only raise the loss.
     ``mapped``: asked about under every fixed budget (all if absent); one that is not shown to lose too much anywhere is
     then asked about the others, too, as it may be the best fixed one. ``time_limit``: seconds after which the fixed
     budgets are asked at no further place.
@@ -209,21 +219,26 @@ def evaluate(
     def late() -> bool:
         return bool(time_limit) and time.monotonic() - began > time_limit
 
-    first = min(contexts, mapped or contexts)
+    first = min(contexts, mapped or contexts, dense or contexts)
     budgets = [budget for steps in methods.values() for budget in steps]
     layers, heads = int(getattr(meter, "layers", 1)), int(getattr(meter, "heads", 1))
     given: dict[tuple[str, int], Setting | None] = {}
     asked: list[_Asked] = []
+    mapped_at: list[_Asked] = []
     for length in sorted(lengths):
         for task in tasks:
             at = _Asked(meter, task, length, seed, tick)
-            at.ask(None, contexts)
+            at.ask(None, dense or contexts)
             given[task.name, length] = policy_setting(policy, task.task_class, length, layers, max(1, heads))
             asked.append(at)
+            if at.able and at.measured(None).paired.accuracy < 1 - tolerated:
+                at.ask(None, contexts)  # what sparse gets right besides has to be counted
             if at.able:
                 at.ask(given[task.name, length], contexts)
+                if not late():
+                    at.ask_all(budgets, first)
+                    mapped_at.append(at)
     able = [at for at in asked if at.able]
-    mapped_at = [at for at in able if not late() and at.ask_all(budgets, first)]
     for budget in budgets:
         if late() or any(at.measured(budget).paired.lower(1 - confidence) > tolerated for at in mapped_at):
             continue
@@ -231,15 +246,15 @@ def evaluate(
             at.ask(budget, contexts)
     places = []
     for at in asked:
-        dense, setting = at.measured(None), given[at.task.name, at.length]
-        head = (at.task.name, at.task.task_class, at.length, dense)
+        alone, setting = at.measured(None), given[at.task.name, at.length]
+        head = (at.task.name, at.task.task_class, at.length, alone)
         if at not in mapped_at:
-            policy_held = at.measured(setting) if at in able else dense
-            places.append(Place(*head, policy_held, (dense,) * (len(budgets) + 1), {}))
+            policy_held = at.measured(setting) if at in able else alone
+            places.append(Place(*head, policy_held, (alone,) * (len(budgets) + 1), {}))
             continue
         fixed = tuple(at.measured(budget) for budget in budgets)
         curves = {name: at.curve(steps, first) for name, steps in methods.items()}
-        places.append(Place(*head, at.measured(setting), (*fixed, dense), curves))
+        places.append(Place(*head, at.measured(setting), (*fixed, alone), curves))
     shares = dict(weights) if weights is not None else {task.name: 1.0 for task in tasks}
     complete = len(mapped_at) == len(able) and not late()
     return Evaluation(tolerated, confidence, shares, dict(methods), tuple(places), complete)

@@ -39,7 +39,8 @@ class EvaluateOptions(Asked):
     loss: float = option(0.05, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the one-sided bounds.", _SAFE)
     questions: int = option(0, "Asked about each context; 0: as many as share its prefill.", _SAFE)
-    contexts: int = option(32, "Fresh contexts of 16 questions per task and length, densely and by the policy.", _SAFE)
+    contexts: int = option(32, "Fresh contexts of 16 questions per task and length, under the policy.", _SAFE)
+    dense: int = option(16, "Of these, asked about densely whatever the policy answers.", _SAFE)
     mapped: int = option(4, "Of these, asked about under every fixed budget; under the best ones all.", _SAFE)
     time_limit: float = option(0.0, "Seconds after which fixed budgets are asked at no further place; 0: none.", _SAFE)
     out: Path | None = option(None, "JSON file.", _OUTPUT)
@@ -52,8 +53,8 @@ def run(options: EvaluateOptions) -> int:
 
     from sparsepass.policy import Policy, builtin_policy
 
-    if options.contexts < 2 or options.mapped < 2 or options.questions < 0:
-        raise OptionError("--contexts and --mapped of 2 or more and --questions of 0 or more are accepted.")
+    if min(options.contexts, options.mapped, options.dense) < 2 or options.questions < 0:
+        raise OptionError("--contexts, --mapped and --dense of 2 or more and --questions of 0 or more are accepted.")
     policy = builtin_policy() if options.policy is None else Policy.load(options.policy)
     methods = ladders(options.fixed)
     budgets = [step for steps in methods.values() for step in steps]
@@ -66,7 +67,7 @@ def run(options: EvaluateOptions) -> int:
                 stacklevel=1,
             )
         weights = weights_of(options, session.tasks)
-        each = 2 * options.contexts + options.mapped * len(budgets)
+        each = options.contexts + options.dense + options.mapped * len(budgets)
         runs = more * each * len(options.lengths) * len(session.tasks)
         with Bars("evaluating", runs, quiet=options.as_json) as bars:
             found = evaluate(
@@ -77,6 +78,7 @@ def run(options: EvaluateOptions) -> int:
                 methods,
                 contexts=more * options.contexts,
                 mapped=more * options.mapped,
+                dense=more * min(options.dense, options.contexts),
                 tolerated=options.loss,
                 confidence=options.confidence,
                 seed=options.seed,

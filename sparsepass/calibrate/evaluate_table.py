@@ -39,7 +39,8 @@ def _places(found: Evaluation) -> Table:
         table.add_column(f"{title}: {'none' if step is None else f'{found.density(step):.3f}'}", justify="right")
     for place in found.every:
         dense = place.dense.paired
-        row = [place.task, tokens(place.length), str(dense.questions), f"{dense.accuracy:.1%}"]
+        asked = str(place.policy.paired.questions)
+        row = [place.task, tokens(place.length), asked, f"{dense.accuracy:.1%} of {dense.questions}"]
         if place.fails:
             table.add_row(*row, "", "dense fails")
             continue

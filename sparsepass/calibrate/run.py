@@ -97,8 +97,8 @@ def calibrate(
                 if time_limit and time.monotonic() - began > time_limit:
                     complete = False
                     continue
-                if of_place and of_place[-1].status is Status.UNMEASURED:
-                    continue  # dense fails whatever the method
+                if of_place and (of_place[-1].status is Status.UNMEASURED or _questions_ran_out(of_place)):
+                    continue  # whatever the method
                 tried = _worth_trying(within(steps, length), min((c.density for c in of_place), default=1.0), length)
                 if not tried:
                     continue
@@ -123,6 +123,8 @@ def _refined(search: Search, found: Sequence[Cell], before: Sequence[Cell], how:
         return None
     safe = [cell for cell in found if cell.status is Status.SAFE]
     best = min(safe, key=lambda cell: cell.density, default=None)
+    if best is None and _questions_ran_out(found):
+        return None
     floor = [trial.density for cell in found for trial in cell.trials if trial.budget == low]
     if best is not None and (best.budget == low or (floor and best.density <= how.MARGIN * floor[0])):
         return None
@@ -130,6 +132,11 @@ def _refined(search: Search, found: Sequence[Cell], before: Sequence[Cell], how:
     base = best.budget if best is not None and isinstance(best.budget, Budget) else None
     cell = Refinement(search, how.layers, how.heads, base, low).run(nearby[-1] if nearby else None, how.how == "heads")
     return cell if cell is not None and (best is None or cell.density < best.density) else None
+
+
+def _questions_ran_out(found: Sequence[Cell]) -> bool:
+    """Whether a budget was likely safe and none was shown to be: more questions would help, no other budget would."""
+    return all(cell.budget is None for cell in found) and any(trial.passed for cell in found for trial in cell.trials)
 
 
 def _start(cells: Sequence[Cell], task: Task, method: str, steps: Sequence[Budget]) -> int:

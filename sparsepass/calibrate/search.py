@@ -24,10 +24,13 @@ ATTEMPTS = 4
 
 LOOKS = 3
 """Times that a verification looks at its samples: after as many as suffice if nothing is lost, three times as many, and
-all. When is told from what dense gets right, never from what is lost."""
+all. When is told from what dense gets right, never from what is lost. One that can no longer pass ends before."""
 
 HELD_OUT = 1 << 32
 """Seeds of held-out samples begin here, those of the search at 0."""
+
+NEAR = 4
+"""The densest budget is asked about until it is shown to be unsafe, unless it loses less than this times the limit."""
 
 AHEAD = 16
 """Contexts that a search asks about at once to begin with, where the meter takes many; a verification four times as
@@ -125,8 +128,10 @@ class Search:
             passed = doomed = False
             looked = 0
             for seed in range(STRETCH * self.goal.verify):
-                self._ahead(HELD_OUT + seed, HELD_OUT + self.goal.verify, 4 * AHEAD, self.budgets[place])
-                densities += self._add(paired, HELD_OUT + seed, self.budgets[place])
+                asked = (self.budgets[place], None) if self._gains_count else (self.budgets[place],)
+                self._ahead(HELD_OUT + seed, HELD_OUT + self.goal.verify, 4 * AHEAD, *asked)
+                dense = self._scores(HELD_OUT + seed, None) if self._gains_count else None
+                densities += self._add(paired, HELD_OUT + seed, self.budgets[place], dense)
                 last = paired.questions >= self.goal.verify * self.goal.questions
                 last = last or seed + 1 == STRETCH * self.goal.verify
                 if not last and not self._looks(seed + 1):
@@ -136,7 +141,9 @@ class Search:
                     looked += 1
                     passed = paired.upper(share / LOOKS) <= self.goal.loss
                 doomed = paired.lower(share) > self.goal.loss
-                if passed or doomed or last:
+                hopeless = paired.best_upper(share / LOOKS, self.goal.verify * self.goal.questions) > self.goal.loss
+                near = place < len(self.budgets) - 1 or paired.loss < NEAR * self.goal.loss
+                if passed or doomed or last or (hopeless and near):
                     break
             trial = self._note(self.budgets[place], True, paired, densities, share / LOOKS, passed)
             if passed:
@@ -145,6 +152,11 @@ class Search:
                 break
             place += 1
         return self._cell(Status.UNSAFE if doomed and place == len(self.budgets) - 1 else Status.UNSHOWN)
+
+    @property
+    def _gains_count(self) -> bool:
+        """Whether dense itself is wrong so often that what sparse gets right besides has to be counted."""
+        return self._dense.contexts > 0 and self._dense.accuracy < 1 - self.goal.loss
 
     def _looks(self, contexts: int) -> bool:
         """Whether the bounds are worked out after so many contexts: about each ``NOMINAL`` questions."""
