@@ -41,12 +41,10 @@ def law(single: float = 0.5, top: float = 0.0) -> Law:
 
 def test_a_policy_computes_less_than_the_best_fixed_budget_that_keeps_as_much() -> None:
     meter = law()
-    steps = STEPS["pooled_topk"]
     found = calibrate(meter, [SINGLE, TOP], LENGTHS, STEPS, Goal(loss=0.05, verify=128))
     policy = found.policy("p")
-    judged = evaluate(meter, [SINGLE, TOP], LENGTHS, policy, steps, contexts=64, tolerated=0.05)
+    judged = evaluate(meter, [SINGLE, TOP], LENGTHS, policy, STEPS, contexts=64, tolerated=0.05)
     assert judged.keeps(None)
-    assert judged.best_fixed is not None
     assert judged.density(None) < 0.8 * judged.density(judged.best_fixed)
     assert judged.equal_compute is not None
     assert not judged.keeps(judged.equal_compute)
@@ -55,8 +53,8 @@ def test_a_policy_computes_less_than_the_best_fixed_budget_that_keeps_as_much() 
 
 def test_the_fit_finds_the_law_that_was_put_in() -> None:
     meter = law()
-    judged = evaluate(meter, [SINGLE, TOP], LENGTHS, Policy("dense"), STEPS["pooled_topk"], contexts=48, tolerated=0.05)
-    fits = judged.fits()
+    judged = evaluate(meter, [SINGLE, TOP], LENGTHS, Policy("dense"), STEPS, contexts=48, tolerated=0.05)
+    fits = judged.fits("pooled_topk")
     wanted = 0.2 * (0.025 / 0.05) ** (1 / 3)  # where the loss is 0.05, at 1024 tokens
     assert fits["single"].scale.low <= wanted <= fits["single"].scale.high
     assert fits["single"].exponent.low <= 0.5 <= fits["single"].exponent.high
@@ -99,13 +97,11 @@ def test_safe_densities_at_the_ends() -> None:
 
 
 def test_tables_json_and_plots(tmp_path: Path) -> None:
-    judged = evaluate(
-        law(), [SINGLE, TOP], LENGTHS[:2], Policy("dense"), STEPS["pooled_topk"], contexts=8, tolerated=0.05
-    )
+    judged = evaluate(law(), [SINGLE, TOP], LENGTHS[:2], Policy("dense"), STEPS, contexts=8, tolerated=0.05)
     text = plain_text(tables(judged), 140)
-    for words in ("single", "Safe density = scale", "The policy keeps 95.0%", "Tolerance differs by task"):
+    for words in ("single", "safe density = scale", "The policy keeps 95.0%", "tolerance differs by task"):
         assert words in text, words
     content = json.loads(json.dumps(as_json(judged)))
     assert [place["length"] for place in content["places"]] == [1024, 1024, 2048, 2048]
-    assert len(content["fits"]["single"]["points"]) == 2
+    assert len(content["fits"]["pooled_topk"]["single"]["points"]) == 2
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in draw(judged, tmp_path))

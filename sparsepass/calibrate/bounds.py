@@ -136,6 +136,15 @@ class Paired:
         lost, gained = self.lost / self.design_effect, self.gained / self.design_effect
         return upper_bound(lost, trials, LOST_SHARE * error) - lower_bound(gained, trials, (1 - LOST_SHARE) * error)
 
+    def best_upper(self, error: float, questions: float) -> float:
+        """The upper bound after so many questions in all, if nothing more is lost and as much is gained as so far."""
+        if not self.questions:
+            return 0.0
+        more = max(1.0, questions / self.questions)
+        trials = more * self.right / self.design_effect
+        lost, gained = self.lost / self.design_effect, more * self.gained / self.design_effect
+        return upper_bound(lost, trials, LOST_SHARE * error) - lower_bound(gained, trials, (1 - LOST_SHARE) * error)
+
     def lower(self, error: float) -> float:
         """A bound that the loss is under with probability ``error`` at most."""
         trials = self.right / self.design_effect

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from sparsepass.types import Budget, TaskClass
+from sparsepass.calibrate.setting import Setting
+from sparsepass.types import TaskClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +20,30 @@ class Outcome:
 
 
 class Meter(Protocol):
-    """Runs the model: the sample that a task draws for a length and seed, under a budget (None: dense)."""
+    """Runs the model: the sample that a task draws for a length and seed, under a setting (None: dense).
 
-    def run(self, task: str, length: int, seed: int, budget: Budget | None) -> Outcome: ...
+    One with ``prefetch(task, length, seeds, setting)`` is told which contexts will be asked about, to batch them.
+    """
+
+    def run(self, task: str, length: int, seed: int, setting: Setting | None, /) -> Outcome: ...
+
+
+def prefetch(meter: Meter, task: str, length: int, seeds: Sequence[int], setting: Setting | None) -> None:
+    """Tell a meter that takes it what will be asked: under the setting, and densely where that got something wrong."""
+    ahead = getattr(meter, "prefetch", None)
+    if ahead is None:
+        return
+    ahead(task, length, seeds, setting)
+    if setting is not None:
+        ahead(task, length, [s for s in seeds if min(meter.run(task, length, s, setting).scores) < 1], None)
 
 
 NOMINAL = 16
 """Questions that a context is thought to have, where that is left to the task and the length."""
+
+
+LEAST = 0.2
+"""Dense accuracy under which there is nothing to keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +52,8 @@ class Goal:
 
     ``loss``: tolerated share of the dense accuracy. ``confidence``: of each statement that a budget loses no more.
     ``questions``: asked about each context. ``search`` and ``verify``: the most contexts per budget; a task with fewer
-    questions per context gets more of them to be verified on. ``least``: dense
-    accuracy under which there is nothing to keep.
+    questions per context gets more of them to be verified on. ``least``: the
+    dense accuracy that is asked for.
     """
 
     loss: float = 0.01
@@ -42,7 +61,7 @@ class Goal:
     questions: int = NOMINAL
     search: int = 8
     verify: int = 64
-    least: float = 0.2
+    least: float = LEAST
     seed: int = 0
 
 
@@ -71,7 +90,7 @@ _WORDS = {
 class Trial:
     """One budget on one set of contexts."""
 
-    budget: Budget
+    budget: Setting
     held_out: bool
     questions: int
     accuracy: float
@@ -84,14 +103,17 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One task at one length by one method. ``budget`` is the sparsest one that was verified, or None."""
+    """One task at one length by one method (``layers``: refined by layer or head).
+
+    ``budget`` is the sparsest one that was verified, or None.
+    """
 
     task: str
     task_class: TaskClass
     length: int
     method: str
     status: Status
-    budget: Budget | None = None
+    budget: Setting | None = None
     density: float = 1.0
     """Share of the visible blocks computed under ``budget``; 1 without one."""
     accuracy: float = 0.0

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
 from sparsepass.calibrate.cell import NOMINAL, Cell, Goal
 from sparsepass.calibrate.log import Log
+from sparsepass.calibrate.refine import Refine
 from sparsepass.calibrate.result import Calibration
-from sparsepass.calibrate.run import calibrate, check_goal, ladders
+from sparsepass.calibrate.run import Refining, calibrate, check_goal, ladders
+from sparsepass.calibrate.setting import setting_text
 from sparsepass.errors import OptionError, close_names
 from sparsepass.tasks.base import Task
+from sparsepass.tasks.score import Mode, questions_at_once
+
+METHODS = ("a_shape(sink=64, block=64, last=2)", "pooled_topk(density=0.1, block=64, last=2)")
+"""Tried if none are given: what is cheapest to select, and computes the question's own blocks whole."""
 
 _ASKED, _SAFE, _RUN, _OUTPUT = "Model and mix", "What is safe", "Run", "Output"
 
@@ -36,9 +43,14 @@ class Asked:
     device: str = option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one.", _RUN)
     dtype: str = option("", "Default: bf16 on a GPU, fp32 on the CPU.", _RUN, choices=("", "bf16", "fp16", "fp32"))
     threads: int = option(0, "CPU threads; 0 leaves them as they are.", _RUN)
-    inductor: bool = option(False, "Compile with Inductor, once per budget: slower to begin.", _RUN)
+    mode: str = option(
+        "",
+        "How questions are asked; default: forced on a GPU, shared on the CPU, for exact answers.",
+        _RUN,
+        choices=("", *get_args(Mode)),
+    )
     seed: int = option(0, "Of the samples.", _RUN)
-    log: Path | None = option(None, "JSON lines of what was measured; gone on with if it is there.", _OUTPUT)
+    log: tuple[Path, ...] = option((), "JSON lines of what was measured, gone on with; others are read, too.", _OUTPUT)
     again: bool = option(False, "Begin the log anew.", _OUTPUT)
     as_json: bool = option(False, "JSON on stdout, no tables.", _OUTPUT)
 
@@ -48,35 +60,33 @@ class CalibrateOptions(Asked):
     """``sparsepass calibrate``."""
 
     methods: tuple[str, ...] = option(
-        ("pooled_topk",), "A name (its own steps), name=0.05,0.1, or in full: 'top_p(coverage=0.9, stride=8)'.", _SAFE
+        METHODS, "A name (its own steps), name=0.05,0.1, or in full: 'top_p(coverage=0.9, stride=8)'.", _SAFE
     )
+    refine: str = option("", "Budgets by layer, or head, where that pays.", _SAFE, choices=("", "layers", "heads"))
     loss: float = option(0.05, "Tolerated share of the dense accuracy.", _SAFE)
     confidence: float = option(0.95, "That a verified budget loses no more, per task and length.", _SAFE)
     questions: int = option(0, "Asked about each context; 0: as many as share its prefill.", _SAFE)
-    search: int = option(8, "Contexts per budget in the search, at most.", _SAFE)
+    search: int = option(8, "Contexts of 16 questions per budget in the search, at most.", _SAFE)
     verify: int = option(64, "Held-out contexts of 16 questions per budget that is verified, at most.", _SAFE)
     floors: int = option(0, "Contexts per task and length whose kept attention mass gives the policy floors.", _SAFE)
     time_limit: float = option(0.0, "Seconds after which no further cell is begun; 0: none.", _RUN)
     name: str = option("calibrated", "Of the policy.", _OUTPUT)
     out: Path | None = option(None, "Policy file.", _OUTPUT)
     report: Path | None = option(None, "HTML report.", _OUTPUT)
+    details: Path | None = option(None, "JSON file of every cell and trial.", _OUTPUT)
 
 
 def run(options: CalibrateOptions) -> int:
     """Calibrates and writes what was asked for. Returns the exit status: 1 if no cell has a safe budget."""
     from rich.console import Console
 
-    goal = Goal(
-        options.loss,
-        options.confidence,
-        options.questions or NOMINAL,
-        options.search,
-        options.verify,
-        seed=options.seed,
-    )
+    each = options.questions or (NOMINAL if mode_of(options) in QUESTIONS else 1)
+    more = NOMINAL if each == 1 else 1
+    goal = Goal(options.loss, options.confidence, each, more * options.search, more * options.verify, seed=options.seed)
     check_goal(goal)
     budgets = ladders(options.methods)
     with Session.open(options, [step for steps in budgets.values() for step in steps], options.questions) as session:
+        refine = Refining(cast(Refine, options.refine), session.meter.layers, session.meter.heads)
         weights = weights_of(options, session.tasks)
         total = len(options.lengths) * len(session.tasks) * len(budgets)
         with Bars("calibrating", total, quiet=options.as_json) as bars:
@@ -88,6 +98,7 @@ def run(options: CalibrateOptions) -> int:
                 goal,
                 weights=weights,
                 about=session.about,
+                refine=refine,
                 time_limit=options.time_limit,
                 done=bars.done,
                 tick=bars.tick,
@@ -106,6 +117,9 @@ def run(options: CalibrateOptions) -> int:
         from sparsepass.calibrate.report import write_html
 
         write_html(found, options.name, options.report)
+    if options.details is not None:
+        options.details.parent.mkdir(parents=True, exist_ok=True)
+        options.details.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
     if options.as_json:
         print(json.dumps(as_json(found), indent=1))
     else:
@@ -113,7 +127,7 @@ def run(options: CalibrateOptions) -> int:
 
         console = Console()
         (console if console.is_terminal else Console(width=120)).print(table(found))
-        for what, path in (("Policy", options.out), ("Report", options.report), ("Log", options.log)):
+        for what, path in (("Policy", options.out), ("Report", options.report), ("Log", next(iter(options.log), None))):
             if path is not None:
                 print(f"{what}: {path}")
     return int(not any(cell.budget for cell in found.cells))
@@ -122,18 +136,17 @@ def run(options: CalibrateOptions) -> int:
 def as_json(found: Calibration) -> dict[str, Any]:
     """All that was found, as plain JSON."""
     from sparsepass.calibrate.words import how_sure, the_number
-    from sparsepass.methods import encode_budget
 
     def plain(cell: Cell) -> dict[str, Any]:
-        trials = [{**asdict(trial), "budget": encode_budget(trial.budget)} for trial in cell.trials]
-        budget = None if cell.budget is None else encode_budget(cell.budget)
+        trials = [{**asdict(trial), "budget": setting_text(trial.budget)} for trial in cell.trials]
+        budget = None if cell.budget is None else setting_text(cell.budget)
         return {**asdict(replace(cell, trials=())), "budget": budget, "trials": trials}
 
     fixed = found.fixed()
     return {
         "number": the_number(found),
         "sure": how_sure(found),
-        "fixed": {"budget": None if fixed.budget is None else encode_budget(fixed.budget), "density": fixed.density},
+        "fixed": {"budget": None if fixed.budget is None else setting_text(fixed.budget), "density": fixed.density},
         "policy_density": found.mean_density(),
         "goal": asdict(found.goal),
         "about": dict(found.about),
@@ -162,10 +175,11 @@ class Session:
         from sparsepass.bench.problem import DTYPES
         from sparsepass.bench.trial import device_of
         from sparsepass.calibrate.measure import ModelMeter
+        from sparsepass.calibrate.rows import TokenRows
         from sparsepass.calibrate.switch import BudgetSwitch
         from sparsepass.fingerprint import fingerprint
         from sparsepass.kernels.support import default_block
-        from sparsepass.tasks.score import questions_at_once, score
+        from sparsepass.tasks.score import score
 
         device = device_of(Machine(device=options.device, threads=options.threads))
         dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
@@ -177,16 +191,19 @@ class Session:
             from sparsepass.models import load_model
 
             model = load_model(str(options.model), attn="sdpa", dtype=dtype, device=str(device))
-        about = fingerprint(model)
+        mode = mode_of(options)
+        about = {**fingerprint(model), "mode": mode}
         tasks = tasks_of(options)
-        align = max(int(budget.params.get("block") or default_block(device)) for budget in budgets)
-        if options.again and options.log is not None:
-            options.log.unlink(missing_ok=True)
-        asked = {"questions": questions, "block": align, "tasks": [task.name for task in tasks]}
-        log = Log(options.log, {**about, **asked})
-        switch = BudgetSwitch(budgets, inductor=options.inductor)
-        share = questions or partial(questions_at_once, align=align)
-        meter = ModelMeter(model, tasks, switch, log, partial(score, align=align), share)
+        align = max((int(budget.params.get("block") or default_block(device)) for budget in budgets), default=64)
+        first = next(iter(options.log), None)
+        if options.again and first is not None:
+            first.unlink(missing_ok=True)
+        asked = {"questions": questions, "block": align}
+        log = Log(first, {**about, **asked}, options.log[1:])
+        share = questions or partial(QUESTIONS.get(mode, one_question), align=align)
+        rows = TokenRows(model) if mode == "forced" and questions in (0, 1) else None
+        scorer = partial(score, align=align, **({"mode": mode} if mode else {}))
+        meter = ModelMeter(model, tasks, BudgetSwitch(), log, scorer, share, rows)
         return Session(model, tasks, meter, about, log)
 
     def __enter__(self) -> Session:
@@ -194,6 +211,30 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         self.log.close()
+
+
+def mode_of(options: Asked) -> str:
+    """How questions are asked: as given, else by device and model; empty: by each task's metric."""
+    from sparsepass.bench.options import Machine
+    from sparsepass.bench.trial import device_of
+
+    if options.mode or options.model is not None:
+        return options.mode
+    return "forced" if device_of(Machine(device=options.device)).type == "cuda" else "shared"
+
+
+def one_question(length: int, align: int) -> int:
+    """Where questions share nothing, more contexts tell more than more questions."""
+    return 1
+
+
+def many_questions(length: int, align: int) -> int:
+    """Behind one cached context, which costs far more than a question: as many as are still worth asking."""
+    return max(16, min(64, length // 128))
+
+
+QUESTIONS: dict[str, Callable[..., int]] = {"shared": many_questions, "packed": questions_at_once}
+"""Questions on a context, by mode; one elsewhere."""
 
 
 TEXT_MIX = ("text_needle", "text_story_retrieval", "text_tracking", "text_common_words")
@@ -249,6 +290,7 @@ class Bars:
         self._bar = Progress(*columns, console=console, disable=quiet or self._lines, transient=True)
         self._task = self._bar.add_task(what, total=total)
         self._contexts = 0
+        self._began = time.monotonic()
 
     def __enter__(self) -> Bars:
         self._bar.start()
@@ -277,7 +319,10 @@ class Bars:
 
         self._bar.advance(self._task)
         value, below = note(cell)
-        line = f"{cell.task} {tokens(cell.length)} {cell.method}: {value} ({below}; {cell.questions} questions)"
+        spent = f"{time.monotonic() - self._began:.0f} s"
+        line = (
+            f"{cell.task} {tokens(cell.length)} {cell.method}: {value} ({below}; {cell.questions} questions), {spent}"
+        )
         self.say(line)
 
 

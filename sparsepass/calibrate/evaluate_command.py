@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
-from sparsepass.calibrate.command import Asked, Bars, Session, tasks_of, weights_of
-from sparsepass.calibrate.evaluate import Evaluation, evaluate, policy_budget
-from sparsepass.calibrate.ladder import ladder
+from sparsepass.calibrate.command import NOMINAL, QUESTIONS, Asked, Bars, Session, mode_of, weights_of
+from sparsepass.calibrate.evaluate import Evaluation, Measured, evaluate
+from sparsepass.calibrate.hypotheses import hypotheses_of
+from sparsepass.calibrate.run import ladders
+from sparsepass.calibrate.setting import setting_text
 from sparsepass.errors import OptionError
 from sparsepass.fingerprint import differences
-from sparsepass.methods import encode_budget
 
 _SAFE, _OUTPUT = "What is compared", "Output"
+
+
+FIXED = (
+    "a_shape(sink=64, block=64, last=2)=64,256,1024",
+    "pooled_topk(density=0.1, block=64, last=2)=0.05,0.2,0.5,0.75",
+    "pooled_topk(density=0.1, block=64)=0.05,0.1,0.2,0.35,0.5,0.75,0.9",
+    "threshold(block=64)=0.5,0.1,0.02",
+)
+"""Compared if none are given."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,14 @@ class EvaluateOptions(Asked):
     """``sparsepass evaluate``."""
 
     policy: Path | None = option(None, "Policy file; default: the built-in prior.", _SAFE)
-    fixed: str = option("pooled_topk", "Fixed budgets: a method's own steps, name=0.05,0.1, or in full.", _SAFE)
+    fixed: tuple[str, ...] = option(FIXED, "Fixed budgets: a method's own steps, name=0.05,0.1, or in full.", _SAFE)
     loss: float = option(0.05, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the one-sided bounds.", _SAFE)
     questions: int = option(0, "Asked about each context; 0: as many as share its prefill.", _SAFE)
-    contexts: int = option(32, "Fresh contexts per task and length.", _SAFE)
+    contexts: int = option(32, "Fresh contexts of 16 questions per task and length, under the policy.", _SAFE)
+    dense: int = option(16, "Of these, asked about densely whatever the policy answers.", _SAFE)
+    mapped: int = option(4, "Of these, asked about under every fixed budget; under the best ones all.", _SAFE)
+    time_limit: float = option(0.0, "Seconds after which fixed budgets are asked at no further place; 0: none.", _SAFE)
     out: Path | None = option(None, "JSON file.", _OUTPUT)
     plots: Path | None = option(None, "Folder for plots.", _OUTPUT)
 
@@ -40,12 +53,12 @@ def run(options: EvaluateOptions) -> int:
 
     from sparsepass.policy import Policy, builtin_policy
 
-    if options.contexts < 2 or options.questions < 0:
-        raise OptionError("--contexts of 2 or more and --questions of 0 or more are accepted.")
+    if min(options.contexts, options.mapped, options.dense) < 2 or options.questions < 0:
+        raise OptionError("--contexts, --mapped and --dense of 2 or more and --questions of 0 or more are accepted.")
     policy = builtin_policy() if options.policy is None else Policy.load(options.policy)
-    fixed = ladder(options.fixed)
-    given = {policy_budget(policy, t.task_class, length) for t in tasks_of(options) for length in options.lengths}
-    budgets = [*fixed, *sorted((budget for budget in given if budget is not None), key=str)]
+    methods = ladders(options.fixed)
+    budgets = [step for steps in methods.values() for step in steps]
+    more = 1 if options.questions > 1 or mode_of(options) in QUESTIONS else NOMINAL
     with Session.open(options, budgets, options.questions) as session:
         if policy.calibrated and (other := differences(policy.calibrated, session.model)):
             warnings.warn(
@@ -54,19 +67,23 @@ def run(options: EvaluateOptions) -> int:
                 stacklevel=1,
             )
         weights = weights_of(options, session.tasks)
-        runs = options.contexts * len(options.lengths) * len(session.tasks) * (len(fixed) + 1)
+        each = options.contexts + options.dense + options.mapped * len(budgets)
+        runs = more * each * len(options.lengths) * len(session.tasks)
         with Bars("evaluating", runs, quiet=options.as_json) as bars:
             found = evaluate(
                 session.meter,
                 session.tasks,
                 options.lengths,
                 policy,
-                fixed,
-                contexts=options.contexts,
+                methods,
+                contexts=more * options.contexts,
+                mapped=more * options.mapped,
+                dense=more * min(options.dense, options.contexts),
                 tolerated=options.loss,
                 confidence=options.confidence,
                 seed=options.seed,
                 weights=weights,
+                time_limit=options.time_limit,
                 tick=bars.step,
             )
     content = as_json(found)
@@ -91,13 +108,17 @@ def run(options: EvaluateOptions) -> int:
 def as_json(found: Evaluation) -> dict[str, Any]:
     """All figures as plain JSON."""
 
-    def plain(held: Any) -> dict[str, Any]:
+    def plain(held: Measured) -> dict[str, Any]:
+        error = 1 - found.confidence
+        dense = held.budget is None
         return {
-            "budget": "dense" if held.budget is None else encode_budget(held.budget),
+            "budget": setting_text(held.budget),
+            "questions": held.paired.questions,
             "density": held.density,
             "accuracy": held.paired.sparse / max(1, held.paired.questions),
-            "loss": 0.0 if held.budget is None else held.paired.loss,
-            "upper": 0.0 if held.budget is None else held.paired.upper(1 - found.confidence),
+            "loss": 0.0 if dense else held.paired.loss,
+            "lower": 0.0 if dense else held.paired.lower(error),
+            "upper": 0.0 if dense else held.paired.upper(error),
         }
 
     def law(one: Any) -> dict[str, Any]:
@@ -106,15 +127,19 @@ def as_json(found: Evaluation) -> dict[str, Any]:
             for length, point in zip(one.lengths, one.safe, strict=True)
         ]
         parts = {name: [getattr(one, name).value, getattr(one, name).low, getattr(one, name).high] for name in _LAW}
-        return {"points": safe, **parts, "falls": one.falls}
+        return {"points": safe, **parts, "falls": one.falls, "censored": one.censored}
 
+    best = found.best_fixed if found.places else None
     return {
         "tolerated": found.tolerated,
         "confidence": found.confidence,
+        "complete": found.complete,
         "policy": {"density": found.density(None), "keeps": found.keeps(None), "worst_loss": found.worst(None)},
+        "best_fixed": None if best is None else setting_text(found.fixed_budget(best)),
+        "of_best_fixed": None if best is None else found.density(None) / found.density(best),
         "fixed": [
             {
-                "budget": encode_budget(found.places[0].fixed[step].budget),
+                "budget": setting_text(found.fixed_budget(step)),
                 "density": found.density(step),
                 "keeps": found.keeps(step),
                 "worst_loss": found.worst(step),
@@ -126,14 +151,16 @@ def as_json(found: Evaluation) -> dict[str, Any]:
                 "task": place.task,
                 "task_class": str(place.task_class),
                 "length": place.length,
-                "questions": place.policy.paired.questions,
-                "dense_accuracy": place.policy.paired.accuracy,
+                "questions": place.dense.paired.questions,
+                "dense_accuracy": place.dense.paired.accuracy,
+                "dense_fails": place.fails,
                 "policy": plain(place.policy),
                 "fixed": [plain(held) for held in place.fixed],
             }
-            for place in found.places
+            for place in found.every
         ],
-        "fits": {task: law(one) for task, one in found.fits().items()},
+        "fits": {method: {task: law(one) for task, one in found.fits(method).items()} for method in found.methods},
+        "hypotheses": [asdict(hypotheses_of(found, method)) for method in found.methods if found.places],
     }
 
 

@@ -86,6 +86,8 @@ class Fit:
     """Share of the resamples in which safe density falls with length: how sure that is."""
     means: Tensor
     """Mean logarithm of the safe density over the lengths, in each resample: to compare tasks."""
+    censored: bool = False
+    """Whether the sparsest budget is safe at the shortest length: no fall can be read off from there."""
 
     def at(self, length: float) -> float:
         """Of the line, at a length in tokens; 1 at most."""
@@ -111,6 +113,7 @@ def fit(curves: Sequence[Curve], tolerated: float, seed: int = 0) -> Fit:
         interval(float(exponent), exponents),
         float((exponents > 0).double().mean()),
         resampled.log().mean(-1),
+        censored=math.isclose(float(points[0]), curves[0].densities[0], rel_tol=1e-6),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +16,16 @@ STEPS: dict[str, tuple[float, ...]] = {
     "coverage": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
     "tau": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
     "gamma": (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
-    "window": (256, 512, 1024, 2048, 4096, 8192, 16384),
+    "window": (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
 }
 """Values of a method's dial, the sparsest first. Steps of density are of a factor of about 1.5."""
 
 
-def ladder(text: str, length: int | None = None) -> tuple[Budget, ...]:
+def ladder(text: str) -> tuple[Budget, ...]:
     """The budgets of ``pooled_topk``, ``pooled_topk=0.05,0.1,0.3`` or ``top_p(coverage=0.9, stride=8)``, in order.
 
-    In the last form every parameter but the dial is kept; ``=0.5,0.9`` may follow it. ``length``: leave out windows
-    that hold all of it. Raises ``OptionError`` or ``PolicyError``.
+    In the last form every parameter but the dial is kept; ``=0.5,0.9`` may follow it. Raises ``OptionError`` or
+    ``PolicyError``.
     """
     known = {method.name: method for method in METHODS if method.dial is not None}
     name, equals, values = text.partition("=")
@@ -51,9 +52,15 @@ def ladder(text: str, length: int | None = None) -> tuple[Budget, ...]:
         raise OptionError(f"{text!r}: {error}") from error
     at_all = known[name].dial_at_all
     methods.sort(key=lambda one: getattr(one, dial), reverse=at_all < getattr(methods[0], dial))
-    if dial == "window" and length is not None:
-        methods = [one for one in methods if getattr(one, dial) < length] or methods[:1]
     return tuple(method.budget() for method in methods)
+
+
+def within(steps: Sequence[Budget], length: int) -> tuple[Budget, ...]:
+    """The budgets without windows that hold most of a length; the sparsest at least."""
+    dial = make_method(steps[0]).dial
+    if dial != "window":
+        return tuple(steps)
+    return tuple(step for step in steps if getattr(make_method(step), dial) <= length // 2) or tuple(steps[:1])
 
 
 def _number(dial: str, value: float) -> float | int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,21 @@ Key = tuple[str, int, int, str]
 
 class Log:
     """The outcomes of a calibration, kept in a file if one is given. ``conditions``: what they hold for, as JSON.
+    ``others``: logs under the same conditions that are read besides, such as those of other machines.
 
     Raises ``OptionError`` for a file that is no such log, or of other conditions.
     """
 
-    def __init__(self, path: Path | None, conditions: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, conditions: dict[str, Any], others: Sequence[Path] = ()) -> None:
         self._outcomes: dict[Key, Outcome] = {}
         self._file = None
         self.found = 0
-        """Outcomes that the file had."""
+        """Outcomes that the files had."""
+        head = {"format": FORMAT, "version": FORMAT_VERSION, "conditions": json.loads(json.dumps(conditions))}
+        for other in others:
+            self._read(other, head)
         if path is None:
             return
-        head = {"format": FORMAT, "version": FORMAT_VERSION, "conditions": json.loads(json.dumps(conditions))}
         whole = 0
         if path.exists() and path.stat().st_size:
             whole = self._read(path, head)
@@ -62,7 +66,7 @@ class Log:
         for record in records:
             key = (record["task"], record["length"], record["seed"], record["budget"])
             self._outcomes[key] = Outcome(tuple(record["scores"]), record["density"])
-        self.found = len(records)
+        self.found += len(records)
         return whole
 
     def get(self, key: Key) -> Outcome | None:

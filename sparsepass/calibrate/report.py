@@ -12,8 +12,8 @@ from rich.text import Text
 
 from sparsepass.calibrate.cell import Cell, Status
 from sparsepass.calibrate.result import Calibration
+from sparsepass.calibrate.setting import setting_text
 from sparsepass.calibrate.words import how_sure, note, the_number, tokens
-from sparsepass.methods import encode_budget
 
 
 def write_html(found: Calibration, name: str, path: Path) -> None:
@@ -95,21 +95,21 @@ def _colored(cell: Cell | None) -> dict[str, str]:
     if cell.budget is None:
         return {"value": value, "note": below, "title": title, "color": "", "ink": ""}
     light = 94 - 58 * min(1.0, cell.density)
-    title = f"{encode_budget(cell.budget)}: {title}"
+    title = f"{setting_text(cell.budget)}: {title}"
     ink = "#102030" if light > 60 else "#ffffff"
     return {"value": value, "note": below, "title": title, "color": f"hsl(210 55% {light:.0f}%)", "ink": ink}
 
 
 def _budget(found: Calibration, task: Any, length: int) -> str:
     safe = found.safe([task], length)
-    return "dense" if safe.budget is None else f"{encode_budget(safe.budget)}: {safe.density:.3f}"
+    return "dense" if safe.budget is None else f"{setting_text(safe.budget)}: {safe.density:.3f}"
 
 
 def _trial(cell: Cell, trial: Any) -> dict[str, str]:
     return {
         "task": cell.task,
         "length": tokens(cell.length),
-        "budget": encode_budget(trial.budget),
+        "budget": setting_text(trial.budget),
         "samples": "held out" if trial.held_out else "search",
         "questions": str(trial.questions),
         "accuracy": f"{trial.accuracy:.3f}",

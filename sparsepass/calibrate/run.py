@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sparsepass.calibrate.bounds import questions_needed
 from sparsepass.calibrate.cell import Cell, Goal, Meter, Status
-from sparsepass.calibrate.ladder import ladder
+from sparsepass.calibrate.ladder import ladder, within
+from sparsepass.calibrate.refine import METHOD as LAYERS
+from sparsepass.calibrate.refine import Refine, Refinement
 from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.search import ATTEMPTS, LOOKS, Search
 from sparsepass.errors import OptionError
+from sparsepass.methods import make_method
 from sparsepass.tasks.base import Task
 from sparsepass.types import Budget
 
@@ -37,12 +41,30 @@ def check_goal(goal: Goal) -> None:
 
 
 def ladders(methods: Sequence[str]) -> dict[str, tuple[Budget, ...]]:
-    """The budgets to try, by method. Raises ``OptionError``."""
-    found = {}
+    """The budgets to try, by method; one with other fixed parameters has a name of its own. Raises ``OptionError``."""
+    found: dict[str, tuple[Budget, ...]] = {}
     for text in methods:
         steps = ladder(text)
-        found[steps[0].method] = steps
+        name = steps[0].method
+        if name in found:
+            dial = make_method(steps[0]).dial
+            kept = ", ".join(f"{key}={value}" for key, value in sorted(steps[0].params.items()) if key != dial)
+            name = f"{name}({kept})"
+        found[name] = steps
     return found
+
+
+@dataclass(frozen=True)
+class Refining:
+    """Whether budgets are refined by layer and by head, in a model of so many; the first method's sparsest budget is
+    what a layer gets."""
+
+    how: Refine = ""
+    layers: int = 0
+    heads: int = 0
+
+    MARGIN = 1.2
+    """A cell that computes no more than so many times what the sparsest budget computes has nothing to gain."""
 
 
 def calibrate(
@@ -54,6 +76,7 @@ def calibrate(
     *,
     weights: Mapping[str, float] | None = None,
     about: Mapping[str, Any] | None = None,
+    refine: Refining | None = None,
     time_limit: float = 0.0,
     done: CellDone = lambda cell: None,
     tick: Callable[[str], None] = lambda text: None,
@@ -69,26 +92,51 @@ def calibrate(
     complete = True
     for length in sorted(lengths):
         for task in tasks:
-            best: float | None = None
+            of_place: list[Cell] = []
             for method, steps in budgets.items():
                 if time_limit and time.monotonic() - began > time_limit:
                     complete = False
                     continue
-                if cells and cells[-1].status is Status.UNMEASURED and _same(cells[-1], task, length):
-                    continue  # dense fails whatever the method
-                start = _start(cells, task, method, steps)
-                search = Search(meter, task, length, method, _worth_trying(steps, best), goal, tick)
-                cell = search.run(start)
+                if of_place and (of_place[-1].status is Status.UNMEASURED or _questions_ran_out(of_place)):
+                    continue  # whatever the method
+                tried = _worth_trying(within(steps, length), min((c.density for c in of_place), default=1.0), length)
+                if not tried:
+                    continue
+                cell = Search(meter, task, length, method, tried, goal, tick).run(_start(cells, task, method, tried))
+                of_place.append(cell)
                 cells.append(cell)
                 done(cell)
-                if cell.status is Status.SAFE:
-                    best = cell.density if best is None else min(best, cell.density)
+            if refine is None or not refine.how or not of_place or not complete:
+                continue
+            low = next(iter(budgets.values()))[0]
+            finer = _refined(Search(meter, task, length, LAYERS, [low], goal, tick), of_place, cells, refine, low)
+            if finer is not None:
+                cells.append(finer)
+                done(finer)
     given = dict(weights) if weights is not None else {task.name: 1.0 for task in tasks}
     return Calibration(goal, tuple(cells), given, dict(budgets), dict(about or {}), complete)
 
 
-def _same(cell: Cell, task: Task, length: int) -> bool:
-    return (cell.task, cell.length) == (task.name, length)
+def _refined(search: Search, found: Sequence[Cell], before: Sequence[Cell], how: Refining, low: Budget) -> Cell | None:
+    """The best of a task's cells at a length, refined; ``None`` where that cannot gain, or did not."""
+    if found[-1].status is Status.UNMEASURED:
+        return None
+    safe = [cell for cell in found if cell.status is Status.SAFE]
+    best = min(safe, key=lambda cell: cell.density, default=None)
+    if best is None and _questions_ran_out(found):
+        return None
+    floor = [trial.density for cell in found for trial in cell.trials if trial.budget == low]
+    if best is not None and (best.budget == low or (floor and best.density <= how.MARGIN * floor[0])):
+        return None
+    nearby = [c.budget for c in before if c.task == search.task.name and c.method == LAYERS and c.budget is not None]
+    base = best.budget if best is not None and isinstance(best.budget, Budget) else None
+    cell = Refinement(search, how.layers, how.heads, base, low).run(nearby[-1] if nearby else None, how.how == "heads")
+    return cell if cell is not None and (best is None or cell.density < best.density) else None
+
+
+def _questions_ran_out(found: Sequence[Cell]) -> bool:
+    """Whether a budget was likely safe and none was shown to be: more questions would help, no other budget would."""
+    return all(cell.budget is None for cell in found) and any(trial.passed for cell in found for trial in cell.trials)
 
 
 def _start(cells: Sequence[Cell], task: Task, method: str, steps: Sequence[Budget]) -> int:
@@ -99,12 +147,22 @@ def _start(cells: Sequence[Cell], task: Task, method: str, steps: Sequence[Budge
     return list(steps).index(last[0].budget) if last and last[0].budget is not None else len(steps) // 2
 
 
-def _worth_trying(steps: Sequence[Budget], best: float | None) -> Sequence[Budget]:
-    """A second method is only asked about budgets that would compute less than the best so far; two at least."""
-    if best is None:
-        return steps
-    cheaper = [step for step in steps if float(step.params.get("density", 0.0)) < best]
-    return cheaper if len(cheaper) >= 2 else steps[:2]
+def _worth_trying(steps: Sequence[Budget], best: float, length: int) -> Sequence[Budget]:
+    """A second method is only asked about budgets that would compute less than the best so far."""
+    return steps if best >= 1 else [step for step in steps if _expected(step, length) < GAIN * best]
+
+
+GAIN = 0.95
+"""What a second method's budget has to compute of the best so far to be asked about."""
+
+
+def _expected(budget: Budget, length: int) -> float:
+    """The share that a budget is expected to compute: no less than the three blocks that every row keeps."""
+    method = make_method(budget)
+    count = -(-length // int(budget.params.get("block") or 128))
+    last = min(count, int(budget.params.get("last", 0)))
+    kept = sum(min(3, row + 1) if row < count - last else row + 1 for row in range(count))
+    return max(method.density_at(length), kept / (count * (count + 1) / 2))
 
 
 __all__ = ["ATTEMPTS", "calibrate", "check_goal", "ladders"]

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sparsepass.calibrate.bounds import Paired, trials_needed
-from sparsepass.calibrate.cell import Cell, Goal, Meter, Status, Trial
+from sparsepass.calibrate.cell import NOMINAL, Cell, Goal, Meter, Status, Trial, prefetch
+from sparsepass.calibrate.setting import Setting, setting_text
 from sparsepass.tasks.base import Task
-from sparsepass.types import Budget
 
 LIKELY = 0.2
 """Error at which the search takes a budget for safe or not: it only says where to verify."""
@@ -24,10 +24,17 @@ ATTEMPTS = 4
 
 LOOKS = 3
 """Times that a verification looks at its samples: after as many as suffice if nothing is lost, three times as many, and
-all. When is told from what dense gets right, never from what is lost."""
+all. When is told from what dense gets right, never from what is lost. One that can no longer pass ends before."""
 
 HELD_OUT = 1 << 32
 """Seeds of held-out samples begin here, those of the search at 0."""
+
+NEAR = 4
+"""The densest budget is asked about until it is shown to be unsafe, unless it loses less than this times the limit."""
+
+AHEAD = 16
+"""Contexts that a search asks about at once to begin with, where the meter takes many; a verification four times as
+many. Then as many as were asked before."""
 
 STRETCH = 4
 """Where a context has fewer questions than were asked for, a verification takes so many times the contexts at most."""
@@ -41,7 +48,7 @@ class Search:
     task: Task
     length: int
     method: str
-    budgets: Sequence[Budget]
+    budgets: Sequence[Setting]
     goal: Goal
     tick: Callable[[str], None] = lambda text: None
     trials: list[Trial] = field(default_factory=list)
@@ -53,11 +60,17 @@ class Search:
 
     def run(self, start: int | None = None) -> Cell:
         """``start``: the place on the ladder where a search is likely to end, such as that of a length nearby."""
-        for seed in range(2):  # enough to see whether the model can do the task at all
-            self._dense_scores(seed)
-        if self._dense.accuracy < self.goal.least:
+        if not self.answers_densely():
             return self._cell(Status.UNMEASURED)
-        return self._verify(self._find(start))
+        return self.verify(self._find(start))
+
+    def answers_densely(self) -> bool:
+        """Whether the model can do the task at all: enough contexts to see that."""
+        first = range(max(2, NOMINAL // self.goal.questions))
+        prefetch(self.meter, self.task.name, self.length, [self.goal.seed + seed for seed in first], None)
+        for seed in first:
+            self._dense_scores(seed)
+        return self._dense.accuracy >= self.goal.least
 
     def _find(self, start: int | None) -> int:
         """The place of the sparsest budget that is likely safe; the last place where none is."""
@@ -86,21 +99,26 @@ class Search:
 
     def _likely_safe(self, place: int) -> bool:
         if place not in self._probed:
-            self._probed[place] = self._probe(self.budgets[place])
+            self._probed[place] = self.probe(self.budgets[place])
         return self._probed[place]
 
-    def _probe(self, budget: Budget) -> bool:
+    def probe(self, budget: Setting) -> bool:
+        """Whether a setting is likely safe, by the contexts of the search; the trial is the last of ``trials``."""
         paired, densities = Paired(), 0.0
         limit = self.goal.loss
         for seed in range(self.goal.search):
+            self._ahead(seed, self.goal.search, AHEAD, budget, None)
             densities += self._add(paired, seed, budget, self._dense_scores(seed))
+            if not self._looks(seed + 1):
+                continue
             if paired.upper(LIKELY) <= limit or paired.lower(LIKELY) > limit:
                 break
         likely = paired.upper(LIKELY) <= limit or (paired.lower(LIKELY) <= limit and paired.loss <= limit / 2)
         self._note(budget, False, paired, densities, LIKELY, likely)
         return likely
 
-    def _verify(self, place: int) -> Cell:
+    def verify(self, place: int) -> Cell:
+        """Verify the budget at a place of the ladder on held-out contexts, and denser ones where it fails."""
         error = 1.0 - self.goal.confidence
         doomed = False
         for attempt in range(ATTEMPTS):
@@ -110,15 +128,22 @@ class Search:
             passed = doomed = False
             looked = 0
             for seed in range(STRETCH * self.goal.verify):
-                densities += self._add(paired, HELD_OUT + seed, self.budgets[place])
+                asked = (self.budgets[place], None) if self._gains_count else (self.budgets[place],)
+                self._ahead(HELD_OUT + seed, HELD_OUT + self.goal.verify, 4 * AHEAD, *asked)
+                dense = self._scores(HELD_OUT + seed, None) if self._gains_count else None
+                densities += self._add(paired, HELD_OUT + seed, self.budgets[place], dense)
                 last = paired.questions >= self.goal.verify * self.goal.questions
                 last = last or seed + 1 == STRETCH * self.goal.verify
+                if not last and not self._looks(seed + 1):
+                    continue
                 due = paired.least_trials >= needed * 3**looked if looked < LOOKS - 1 else False
                 if due or last:
                     looked += 1
                     passed = paired.upper(share / LOOKS) <= self.goal.loss
                 doomed = paired.lower(share) > self.goal.loss
-                if passed or doomed or last:
+                hopeless = paired.best_upper(share / LOOKS, self.goal.verify * self.goal.questions) > self.goal.loss
+                near = place < len(self.budgets) - 1 or paired.loss < NEAR * self.goal.loss
+                if passed or doomed or last or (hopeless and near):
                     break
             trial = self._note(self.budgets[place], True, paired, densities, share / LOOKS, passed)
             if passed:
@@ -128,7 +153,25 @@ class Search:
             place += 1
         return self._cell(Status.UNSAFE if doomed and place == len(self.budgets) - 1 else Status.UNSHOWN)
 
-    def _add(self, paired: Paired, seed: int, budget: Budget, dense: tuple[float, ...] | None = None) -> float:
+    @property
+    def _gains_count(self) -> bool:
+        """Whether dense itself is wrong so often that what sparse gets right besides has to be counted."""
+        return self._dense.contexts > 0 and self._dense.accuracy < 1 - self.goal.loss
+
+    def _looks(self, contexts: int) -> bool:
+        """Whether the bounds are worked out after so many contexts: about each ``NOMINAL`` questions."""
+        return contexts * self.goal.questions % NOMINAL < self.goal.questions
+
+    def _ahead(self, seed: int, end: int, least: int, *settings: Setting | None) -> None:
+        """Where ``seed`` begins a new batch, have it asked: ``least`` contexts, then as many as before."""
+        done = seed % HELD_OUT
+        if done == 0 or (done >= least and done & (done - 1) == 0):
+            seeds = range(seed, min(end, seed + max(least, done)))
+            for setting in settings:
+                at = [self.goal.seed + one for one in seeds]
+                prefetch(self.meter, self.task.name, self.length, at, setting)
+
+    def _add(self, paired: Paired, seed: int, budget: Setting, dense: tuple[float, ...] | None = None) -> float:
         """Ask about a context under the budget. Returns the share computed.
 
         Without ``dense`` the dense model is asked only if something was wrong. Else it is taken to be right, which can
@@ -136,7 +179,7 @@ class Search:
         """
         outcome = self.meter.run(self.task.name, self.length, self.goal.seed + seed, budget)
         self._asked += len(outcome.scores)
-        self.tick(f"{self.task.name} {self.length} {budget}")
+        self.tick(f"{self.task.name} {self.length} {setting_text(budget)}")
         if dense is None:
             dense = outcome.scores if min(outcome.scores) >= 1 else self._scores(seed, None)
         paired.add(dense, outcome.scores)
@@ -149,11 +192,11 @@ class Search:
             self._dense.add(scores, scores)
         return scores
 
-    def _scores(self, seed: int, budget: Budget | None) -> tuple[float, ...]:
+    def _scores(self, seed: int, budget: Setting | None) -> tuple[float, ...]:
         return self.meter.run(self.task.name, self.length, self.goal.seed + seed, budget).scores
 
     def _note(
-        self, budget: Budget, held_out: bool, paired: Paired, densities: float, error: float, passed: bool
+        self, budget: Setting, held_out: bool, paired: Paired, densities: float, error: float, passed: bool
     ) -> Trial:
         trial = Trial(
             budget,

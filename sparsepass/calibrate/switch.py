@@ -1,50 +1,135 @@
-"""One model, many budgets: a backend that rewrites each captured graph for all of them and runs the one in force."""
+"""One model, many settings: a backend that rewrites each captured graph once and asks at each call what to compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
+from sparsepass import counters
 from sparsepass import options as names
+from sparsepass.calibrate.setting import Setting, layer_budget
+from sparsepass.methods import encode_budget
+from sparsepass.ops import SPARSE_ATTENTION, prepare
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.policy import Policy
 from sparsepass.policy_rules import Rule
-from sparsepass.types import Budget
+from sparsepass.types import EXACT, Budget
+
+_BUDGET, _SLOT = 9, 10
+"""Places of the budget's text and of the counter's slot among the arguments of the op."""
+
+AFTER_CACHE = counters.CAPACITY - 1
+"""Slot of what follows a cache: few rows in whole blocks, which say nothing of the share of a request computed."""
+
+ANY = Budget("pooled_topk", {"density": 0.5})
+"""What a graph is rewritten for: which sites can be sparse does not depend on the budget."""
 
 
 class BudgetSwitch:
-    """A ``torch.compile`` backend. ``active`` is the budget that calls run under, None for exact attention.
+    """A ``torch.compile`` backend. ``active`` is the setting that calls run under, None for exact attention.
 
-    A graph is captured once and rewritten for every budget: the plan ignores where sparse pays, since it is the
-    selection that is calibrated. Decode graphs are the same under all of them. Without Inductor unless ``inductor``.
+    A graph is captured once and rewritten twice, whatever the number of settings: densely, and with a sparse op that
+    looks up its budget when it runs. The plan ignores where sparse pays, since it is the selection that is calibrated.
+    Decode graphs are the same under all settings. Without Inductor, which would compile each budget anew. A layer that
+    a setting leaves dense computes every block by the sparse kernel, so that the counters see it.
     """
 
-    def __init__(self, budgets: Sequence[Budget], *, inductor: bool = False) -> None:
-        self.budgets = tuple(dict.fromkeys(budgets))
-        self.active: Budget | None = None
+    def __init__(self) -> None:
+        self.active: Setting | None = None
         self.sparse_graphs = 0
-        """Captured graphs that have sparse attention under some budget."""
-        self._options = {names.INDUCTOR: inductor, names.ALWAYS_SPARSE: True}
+        """Captured graphs that have sites which can be sparse."""
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Any:
-        dense = self._compile(gm, examples, Policy("dense"))
+        dense = _compile(gm, examples, Policy("dense"))
         if not isinstance(dense, CompiledGraph) or not dense.findings.prefill:
             return dense
-        made: dict[Budget | None, Any] = {None: dense}
-        for budget in self.budgets:
-            made[budget] = self._compile(gm, examples, Policy("one budget", (Rule(None, budget),)))
-        self.sparse_graphs += any(_is_sparse(graph) for graph in made.values())
+        sparse = _compile(gm, examples, Policy("any", (Rule(None, ANY),)))
+        if not isinstance(sparse, CompiledGraph) or all(entry.budget.dense for entry in sparse.plan.current.entries):
+            return dense
+        self.sparse_graphs += 1
+        run = self._switched(sparse)
+        exact = _without_dead_masks(dense)
 
         def call(*args: Any) -> Any:
-            return made[self.active](*args)
+            return exact(*args) if self.active is None else run(*args)
 
         return call
 
-    def _compile(self, gm: fx.GraphModule, examples: Sequence[Any], policy: Policy) -> Any:
-        return backend(gm, examples, options={**self._options, names.POLICY: policy})
+    def _switched(self, graph: CompiledGraph) -> Callable[..., Any]:
+        """The rewritten graph with every sparse op asking for its budget."""
+        twin = _module(graph)
+        layers = {graph.slot + found.site.index: found.layer for found in graph.findings.sites}
+        heads = {graph.slot + found.site.index: found.site.heads for found in graph.findings.sites}
+        for node in twin.graph.find_nodes(op="call_function", target=SPARSE_ATTENTION):
+            slot = int(node.args[_SLOT])  # type: ignore[arg-type]
+            node.target = self._site(layers[slot], heads[slot])
+        return _without_dead_masks(graph)
+
+    def _site(self, layer: int, heads: int) -> Callable[..., torch.Tensor]:
+        prepared: set[str] = set()
+
+        def switched_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            text = encode_budget(layer_budget(self.active, layer) or EXACT)
+            if text not in prepared:
+                prepare(text, heads, query.device)
+                prepared.add(text)
+            slot = args[_SLOT - 1] if query.shape[2] == args[0].shape[2] else AFTER_CACHE
+            return SPARSE_ATTENTION(query, *args[: _BUDGET - 1], text, slot, *args[_SLOT:], **kwargs)  # type: ignore[no-any-return]
+
+        return switched_attention
 
 
-def _is_sparse(graph: Any) -> bool:
-    return isinstance(graph, CompiledGraph) and any(not entry.budget.dense for entry in graph.plan.current.entries)
+def counted() -> counters.Counts:
+    """What was computed so far, but for queries behind a cache. Waits for the devices."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", one) for one in range(torch.cuda.device_count()))]
+    found = counters.total()
+    for device in devices:
+        found = found - counters.read(device, AFTER_CACHE)
+    return found
+
+
+def _compile(gm: fx.GraphModule, examples: Sequence[Any], policy: Policy) -> Any:
+    return backend(gm, examples, options={names.INDUCTOR: False, names.ALWAYS_SPARSE: True, names.POLICY: policy})
+
+
+def _module(graph: CompiledGraph) -> fx.GraphModule:
+    """The module that a graph runs: without Inductor the rewritten copy itself."""
+    module = getattr(graph.compiled, "__self__", None)
+    assert isinstance(module, fx.GraphModule)  # compiled above, without Inductor
+    return module
+
+
+def _without_dead_masks(graph: CompiledGraph) -> Callable[..., Any]:
+    """The graph's module without the masks that no site reads any more, which Inductor would have dropped: they grow
+    with the square of the length.
+
+    Only what yields a boolean tensor, and what that alone needed, is dropped: nothing in a graph that writes does.
+    """
+    module = _module(graph)
+    if module is graph.captured:
+        return module.forward  # type: ignore[no-any-return]
+    doomed: set[fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        if node.users or node.op not in ("call_function", "call_method") or _writes(node):
+            continue
+        held = node.meta.get("example_value")
+        if node in doomed or (isinstance(held, torch.Tensor) and held.dtype is torch.bool):
+            doomed.update(node.all_input_nodes)
+            module.graph.erase_node(node)
+    module.recompile()
+    return module.forward  # type: ignore[no-any-return]
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node may change a tensor in place: by its name, as torch and ``operator`` spell such functions."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _CHANGING
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in node.kwargs
+
+
+_CHANGING = {"setitem", "delitem"} | {f"i{one}" for one in ("add", "and", "concat", "floordiv", "lshift", "matmul")}
+_CHANGING |= {f"i{one}" for one in ("mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")}

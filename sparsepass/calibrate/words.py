@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsepass.calibrate.cell import Cell, Status
 from sparsepass.calibrate.result import Calibration
-from sparsepass.methods import encode_budget
+from sparsepass.calibrate.setting import setting_text
 
 
 def tokens(length: int) -> str:
@@ -23,7 +23,7 @@ def the_number(found: Calibration) -> str:
             f"stays dense{', as where the dense model fails' if unmeasured else ''}."
         )
     return (
-        f"Safe budget for this mix: {encode_budget(fixed.budget)}, {fixed.density:.3f} of the attention on average. "
+        f"Safe budget for this mix: {setting_text(fixed.budget)}, {fixed.density:.3f} of the attention on average. "
         f"By class and length the policy computes {found.mean_density():.3f}."
     )
 

@@ -38,6 +38,9 @@ ROOM = 0.25
 TOKENS_AT_ONCE = {"cpu": 1, "cuda": 2**17}
 """Tokens of a batch; on the CPU one row at a time, as more would not be faster."""
 
+CACHED_AT_ONCE = 2**15
+"""Tokens of a batch, cached ones included, where questions follow a cache: few are new, so rows share the work."""
+
 
 def score(
     model: Any,
@@ -87,7 +90,7 @@ def _packed(model: Any, sample: Sample, align: int) -> Iterator[tuple[int, ...]]
             tokens += question.prompt
             places += [len(tokens) - 1 + place for place in range(len(question.answer))]
             tokens += question.answer
-        best = _best(model, torch.tensor([tokens]), places)[0].tolist()
+        best = best_tokens(model, torch.tensor([tokens]), places)[0].tolist()
         for question in group:
             yield tuple(best[: len(question.answer)])
             best = best[len(question.answer) :]
@@ -123,7 +126,7 @@ def _rows(model: Any, sample: Sample, mode: Mode) -> list[tuple[int, ...]]:
         sizes.setdefault((len(question.prompt), len(question.answer)), []).append(number)
     for (asked, size), numbers in sizes.items():
         length = len(sample.context) + asked
-        limit = TOKENS_AT_ONCE.get(_device(model).type, 2**17)
+        limit = TOKENS_AT_ONCE.get(_device(model).type, 2**17) if cache is None else CACHED_AT_ONCE
         batch = min(len(numbers), max(1, limit // length))
         for start in range(0, len(numbers), batch):
             mine = numbers[start : start + batch]
@@ -151,10 +154,18 @@ def _batch(
         return generated
     ids = torch.tensor([[*row, *question.answer] for row, question in zip(rows, questions, strict=True)])
     if cache is not None:
-        cache = copy.deepcopy(cache)  # calls append to it
-        cache.batch_repeat_interleave(len(rows))
-    forced: list[list[int]] = _best(model, ids, [start - 1 + place for place in range(size)], cache).tolist()
+        cache = _branch(cache)  # calls append to it
+        if len(rows) > 1:
+            cache.batch_repeat_interleave(len(rows))
+    forced: list[list[int]] = best_tokens(model, ids, [start - 1 + place for place in range(size)], cache).tolist()
     return forced
+
+
+def _branch(cache: Any) -> Any:
+    """A cache that grows by itself. It shares the tensors, since a cache that grows makes new ones."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 def _prefilled(model: Any, context: Sequence[int]) -> Any:
@@ -163,8 +174,11 @@ def _prefilled(model: Any, context: Sequence[int]) -> Any:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def _best(model: Any, tokens: torch.Tensor, places: Sequence[int], cache: Any = None) -> torch.Tensor:
-    """The most likely next tokens [B, len(places)] after those at ``places`` of tokens [B, S], which follow a cache."""
+def best_tokens(model: Any, tokens: torch.Tensor, places: Sequence[int], cache: Any = None) -> torch.Tensor:
+    """The most likely next tokens [B, len(places)] after those at ``places`` of tokens [B, S], which follow a cache.
+
+    On the model's device; nothing waits for it.
+    """
     device = _device(model)
     where = torch.tensor(places, device=device)
     ids = tokens.to(device)
