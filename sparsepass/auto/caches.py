@@ -55,3 +55,12 @@ def changed(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         other.keys, other.values = change(layer.keys), change(layer.values)
         twin.layers.append(other)
     return twin
+
+
+def merge(cache: Any, other: Any, rows: torch.Tensor) -> None:
+    """Put the rows of ``other``, in its order, where ``rows`` [N] says into ``cache``; both hold as many tokens."""
+    if cache is None or other is None:
+        return
+    for layer, its in zip(cache.layers, other.layers, strict=True):
+        layer.keys = layer.keys.index_copy(0, rows.to(layer.keys.device), its.keys)
+        layer.values = layer.values.index_copy(0, rows.to(layer.values.device), its.values)

@@ -1,7 +1,8 @@
-"""Run a model on tasks under cheap budgets, and note the signals of each prefill beside whether its answer was right."""
+"""Run a model on tasks under cheap budgets; note the signals of each prefill and whether its answer was right."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,20 +34,25 @@ def collect(
     requests: int = 128,
     seed: int = 0,
     settings: Probe | None = None,
+    time_limit: float = 0.0,
     done: Callable[[Place], None] = lambda place: None,
 ) -> list[Place]:
     """The places of every task, template and length under dense and each of ``budgets``.
 
     ``model``, of transformers, is compiled in place. Requests are prompts without answers; their answers follow on the
-    cache by teacher forcing, so they are right exactly where greedy decoding gives them.
+    cache by teacher forcing, so they are right exactly where greedy decoding gives them. ``time_limit``: seconds after
+    which no further task and template is begun; 0: none.
     """
     switch = BudgetSwitch(budgets)
     model.compile(backend=switch, dynamic=True)
     chosen = settings or Probe()
-    places = []
-    for length in sorted(lengths, reverse=True):  # the longest first: it reserves the memory
+    places: list[Place] = []
+    started = time.monotonic()
+    for length in sorted(lengths):
         for task in tasks:
             for template in templates:
+                if time_limit and time.monotonic() - started > time_limit:
+                    return places
                 ids, answers = draw(replace(task, template=template), length, requests, seed, device_of(model))
                 for budget in (None, *switch.budgets):
                     switch.active = budget

@@ -29,6 +29,10 @@ TINY = 1e-12
 """Probability under which a distribution is not looked at: float32 has no more."""
 
 
+SIGNALS = ("entropy", "margin", "spread", "activation", "shift", "drop", "doubt")
+"""What a probe tells of a request; larger is meant to be worse."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """How many rows a recheck runs again. ``rows``: those the last token attends to; ``more``: those that these attend

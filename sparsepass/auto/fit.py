@@ -1,0 +1,141 @@
+"""Fit a router: a logistic regression on the signals, and a threshold that is held against missed failures.
+
+A row is one request under one budget. It counts if dense answers the request right, and is ``lost`` if the budget does
+not. Weights are 0 or more, since every signal is larger where it is worse: so a fit on some tasks cannot turn a signal
+around for a task that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparsepass.auto.error import AutoError
+from sparsepass.auto.records import Place, Records
+from sparsepass.auto.router import Term
+from sparsepass.calibrate.bounds import upper_bound
+
+RIDGE = 1e-2
+"""Penalty on the weights' squares: where signals separate the rows perfectly, they would grow without end."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Requests that dense answers right: signals [N, K], lost [N], and the cell (a number) each belongs to [N]."""
+
+    names: tuple[str, ...]
+    values: torch.Tensor
+    lost: torch.Tensor
+    cell: torch.Tensor
+    cells: tuple[Place, ...]
+
+    def take(self, chosen: torch.Tensor) -> Rows:
+        return Rows(self.names, self.values[chosen], self.lost[chosen], self.cell[chosen], self.cells)
+
+
+def rows_of(records: Records, places: Iterable[Place], names: Sequence[str], part: int | None = None) -> Rows:
+    """The rows of ``places``. ``part``: 0 or 1 takes every second request, None all. Raises ``AutoError``."""
+    values, lost, cell, cells = [], [], [], []
+    for place in places:
+        dense = next(records.of(task=place.task, template=place.template, length=place.length, budget="dense"), None)
+        if dense is None:
+            raise AutoError(f"The records have no dense run of {place.task} at {place.length}; collect them again.")
+        if missing := set(names) - set(place.signals):
+            raise AutoError(f"The records have no signal {', '.join(sorted(missing))} of {place.budget}.")
+        counts = [at for at, right in enumerate(dense.right) if right and (part is None or at % 2 == part)]
+        columns = [place.signals[name] for name in names]
+        values += [[column[at] for column in columns] for at in counts]
+        lost += [not place.right[at] for at in counts]
+        cell += [len(cells)] * len(counts)
+        cells.append(place)
+    return Rows(
+        tuple(names),
+        torch.tensor(values, dtype=torch.float64).view(len(lost), len(names)),
+        torch.tensor(lost, dtype=torch.bool),
+        torch.tensor(cell, dtype=torch.long),
+        tuple(cells),
+    )
+
+
+def logistic(rows: Rows, ridge: float = RIDGE) -> tuple[dict[str, Term], float]:
+    """Terms and bias of the log-odds that a row is lost. Lost and kept rows weigh alike in all, and so does each cell
+    among its kind. Raises ``AutoError`` where there are none of either."""
+    if not rows.lost.any() or rows.lost.all():
+        kind = "lost" if rows.lost.all() else "kept"
+        raise AutoError(f"Every one of {len(rows.lost)} rows is {kind}; a fit needs both: collect under other budgets.")
+    mean, scale = rows.values.mean(0), rows.values.std(0).clamp_min(1e-6)
+    inputs = (rows.values - mean) / scale
+    weight = torch.zeros(len(rows.lost), dtype=torch.float64)
+    for kind in (rows.lost, ~rows.lost):
+        sizes = torch.bincount(rows.cell[kind], minlength=len(rows.cells)).double()
+        each = 1.0 / sizes[rows.cell[kind]]
+        weight[kind] = each / each.sum()
+    target = rows.lost.double()
+
+    # Weights are squares, so that they cannot fall under 0.
+    root = torch.full((len(rows.names),), 0.5, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([root, bias], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-8)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        odds = inputs @ root.square() + bias
+        each = torch.nn.functional.binary_cross_entropy_with_logits(odds, target, reduction="none")
+        total = (weight * each).sum() + ridge * root.pow(4).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    weights = root.detach().square().tolist()
+    terms = {
+        name: Term(float(one), float(other), part)
+        for name, one, other, part in zip(rows.names, mean, scale, weights, strict=True)
+    }
+    return terms, float(bias.detach())
+
+
+def scores(rows: Rows, terms: Mapping[str, Term], bias: float) -> torch.Tensor:
+    """Log-odds [N] of rows."""
+    weights = torch.tensor([terms[name].weight / terms[name].scale for name in rows.names], dtype=torch.float64)
+    means = torch.tensor([terms[name].mean for name in rows.names], dtype=torch.float64)
+    return (rows.values - means) @ weights + bias
+
+
+def allowed_misses(count: int, loss: float, confidence: float) -> int:
+    """The most rows of ``count`` that may be lost if the bound of their share is to be ``loss``; 0 where even none
+    shows it."""
+    misses = 0
+    while misses < count and upper_bound(misses + 1, count, 1 - confidence) <= loss:
+        misses += 1
+    return misses
+
+
+def safe_threshold(rows: Rows, score: torch.Tensor, loss: float, confidence: float) -> float:
+    """The largest threshold under which no cell misses more failures than allowed: rows under it are trusted."""
+    limit = float("inf")
+    for cell in range(len(rows.cells)):
+        here = rows.cell == cell
+        failed = score[here & rows.lost].sort().values
+        allowed = allowed_misses(int(here.sum()), loss, confidence)
+        if len(failed) > allowed:
+            limit = min(limit, float(failed[allowed]))
+    return limit
+
+
+def spare_threshold(rows: Rows, score: torch.Tensor, spare: float) -> float:
+    """The smallest threshold at which at most a share ``spare`` of all rows is kept by its budget and yet not trusted:
+    what can be afforded, spent on failures of a kind that was not seen."""
+    kept = score[~rows.lost].sort(descending=True).values
+    count = min(int(spare * len(rows.lost)), len(kept) - 1)
+    return float(kept[count]) + 1e-9
+
+
+def threshold(
+    rows: Rows, score: torch.Tensor, cheap: torch.Tensor, *, loss: float, confidence: float, spare: float
+) -> float:
+    """Of both thresholds the smaller. ``cheap`` [N]: rows under the budgets that are to be used; rows under others
+    are only looked at for failures."""
+    return min(safe_threshold(rows, score, loss, confidence), spare_threshold(rows.take(cheap), score[cheap], spare))

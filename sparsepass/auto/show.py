@@ -1,0 +1,148 @@
+"""Tables, JSON and plots of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from sparsepass.auto.compare import HELD_OUT, Comparison, Found
+from sparsepass.auto.judge import Verdict
+from sparsepass.calibrate.bounds import upper_bound
+
+COLORS = {"requests": "#1f77b4", "template": "#2ca02c", "task": "#d62728"}
+
+
+def tables(found: Comparison) -> Group:
+    """A table for each way of holding out, and one of the router by task."""
+    parts: list[Any] = [
+        f"Tried first: {found.cheap}. The calibrated policy, told the class, costs {found.reference:.3f} of dense; "
+        f"savings are shares of its {1 - found.reference:.3f}."
+    ]
+    for held_out in HELD_OUT:
+        rows = [one for one in found.found if one.held_out == held_out]
+        if not rows:
+            continue
+        table = Table(title=f"Held out: {_HELD[held_out]}", title_justify="left")
+        table.add_column("decides by", no_wrap=True)
+        for name in ("AUC", "saving at best threshold", "fitted: saving", "cost", "kept", "least kept", "where"):
+            table.add_column(name, justify="right")
+        for one in rows:
+            worst = one.verdict.worst
+            table.add_row(
+                one.candidate,
+                _spread(one.auc, 3),
+                _spread(one.at_best, 2),
+                f"{one.saving:.2f}",
+                f"{one.verdict.cost:.3f}",
+                f"{one.verdict.kept:.4f}",
+                f"{worst.kept:.3f}",
+                f"{worst.place.task} {worst.place.length}",
+            )
+        parts.append(table)
+    for held_out in HELD_OUT:
+        if any((one.candidate, one.held_out) == ("router", held_out) for one in found.found):
+            title = f"Router, held out: {_HELD[held_out]}"
+            parts.append(by_task(found.of("router", held_out).verdict, title, 1 - found.goal.confidence))
+    return Group(*parts)
+
+
+def by_task(verdict: Verdict, title: str, error: float) -> Table:
+    """Questions, runs again and misses of each task, over all lengths."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for name in ("questions", "right when cheap", "run again", "missed", "bound", "cost"):
+        table.add_column(name, justify="right")
+    for task in dict.fromkeys(cell.place.task for cell in verdict.cells):
+        cells = [cell for cell in verdict.cells if cell.place.task == task]
+        count, missed = sum(cell.questions for cell in cells), sum(cell.missed for cell in cells)
+        right = sum(sum(cell.place.right) / len(cell.place.right) for cell in cells) / len(cells)
+        table.add_row(
+            task,
+            str(count),
+            f"{right:.3f}",
+            f"{sum(cell.again for cell in cells) / len(cells):.3f}",
+            str(missed),
+            f"{upper_bound(missed, count, error):.4f}",
+            f"{sum(cell.cost for cell in cells) / len(cells):.3f}",
+        )
+    return table
+
+
+_HELD = {"requests": "other requests", "template": "another template", "task": "each task in turn"}
+
+
+def _spread(values: tuple[float, float, float], digits: int) -> str:
+    value, low, high = values
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """All figures as plain JSON."""
+
+    def plain(one: Found) -> dict[str, Any]:
+        return {
+            "candidate": one.candidate,
+            "held_out": one.held_out,
+            "auc": one.auc,
+            "saving_at_best_threshold": one.at_best,
+            "saving": one.saving,
+            "cost": one.verdict.cost,
+            "kept": one.verdict.kept,
+            "cells": [
+                {
+                    "task": cell.place.task,
+                    "template": cell.place.template,
+                    "length": cell.place.length,
+                    "questions": cell.questions,
+                    "again": cell.again,
+                    "missed": cell.missed,
+                    "upper": cell.upper,
+                    "cost": cell.cost,
+                }
+                for cell in one.verdict.cells
+            ],
+        }
+
+    return {
+        "cheap": found.cheap,
+        "reference_cost": found.reference,
+        "loss": found.goal.loss,
+        "confidence": found.goal.confidence,
+        "spare": found.goal.spare,
+        "found": [plain(one) for one in found.found],
+    }
+
+
+def draw(found: Comparison, path: Path) -> Path:
+    """Two panels: how well each signal predicts a loss, and what each saves against what it keeps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = list(dict.fromkeys(one.candidate for one in found.found))
+    for shift, held_out in enumerate(HELD_OUT):
+        rows = [one for one in found.found if one.held_out == held_out]
+        places = [names.index(one.candidate) + (shift - 1) * 0.25 for one in rows]
+        values = [one.auc[0] for one in rows]
+        low = [max(0.0, one.auc[0] - one.auc[1]) for one in rows]
+        high = [max(0.0, one.auc[2] - one.auc[0]) for one in rows]
+        color = COLORS[held_out]
+        left.errorbar(values, places, xerr=[low, high], fmt="o", color=color, capsize=2, label=_HELD[held_out])
+        right.scatter([one.verdict.worst.kept for one in rows], [one.saving for one in rows], color=color)
+        for one in rows:
+            right.annotate(one.candidate, (one.verdict.worst.kept, one.saving), fontsize=6, color=color)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.axvline(0.5, color="#7f7f7f", linewidth=1, linestyle=":")
+    left.set_xlabel("AUC: a request that the cheap budget loses scores above one that it keeps")
+    left.legend(fontsize="small", title="held out", loc="lower left")
+    right.axvline(1 - found.goal.loss, color="#7f7f7f", linewidth=1, linestyle=":")
+    right.axhline(0.8, color="#7f7f7f", linewidth=1, linestyle=":")
+    right.set_xlabel("kept of the dense accuracy, worst task and length")
+    right.set_ylabel("share of the calibrated policy's saving")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
