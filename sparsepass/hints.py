@@ -81,7 +81,7 @@ def resolve_hint(hint: Hint) -> TaskClass:
         found = _BY_NAME.get(str(hint))
         if found is None and str(hint) == AUTO:
             raise HintError(
-                "The hint 'auto' is read by sparsepass.task alone, for the whole batch: with sparsepass.task(\"auto\"). "
+                "The hint 'auto' is read by sparsepass.task alone, for the whole batch: with task(\"auto\"). "
                 "It decides row by row."
             )
         if found is None:

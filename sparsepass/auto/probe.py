@@ -92,8 +92,8 @@ def probe(
         return found
 
     importance = seen.importance()
-    importance.scatter_(1, last, 0.0)
     importance.scatter_(1, first, 0.0)  # where attention goes that has nowhere else to go
+    importance.scatter_(1, last, -1.0)  # it runs again anyway
     rows = importance.topk(min(settings.rows, length - 1), dim=-1).indices.sort(-1).values
     again = torch.cat([rows, last], -1)
     further = _Seen(length) if settings.more else None
@@ -186,7 +186,8 @@ def _rerun(
     keys = torch.arange(length, device=ids.device)
     old = (keys <= rows[..., None]) & real[:, None]  # [B, R, S]
     old &= ~torch.zeros_like(real).scatter_(1, rows, True)[:, None]
-    new = rows[:, None, :] <= rows[..., None]
+    new = (rows[:, None, :] <= rows[..., None]) & real.gather(1, rows)[:, None]
+    new |= torch.eye(rows.shape[1], dtype=torch.bool, device=ids.device)  # a padded row has to see something
     mask = torch.cat([old, new], -1)[:, None]
     arguments = {
         "input_ids": ids.gather(1, rows),
