@@ -74,18 +74,21 @@ def test_auto_is_bounded_by_the_hint_around_it_or_beside_it() -> None:
     assert current_auto() is None
     with sparsepass.task("auto"):
         held = current_auto()
-        assert held is not None and held.at_most is None
+        assert held is not None
+        assert held.at_most is None
         assert current_task() is TaskClass.UNKNOWN
         with sparsepass.task("multi_hop"):
             assert current_auto() is None
         assert current_auto() == held
     with sparsepass.task("multi_hop"), sparsepass.task("auto"):
         held = current_auto()
-        assert held is not None and held.at_most is TaskClass.MULTI_HOP
+        assert held is not None
+        assert held.at_most is TaskClass.MULTI_HOP
         assert current_task() is TaskClass.MULTI_HOP
         with sparsepass.task("auto", at_most=["single_qa", "dense"]):
             held = current_auto()
-            assert held is not None and held.at_most == (TaskClass.SINGLE_QA, TaskClass.DENSE)
+            assert held is not None
+            assert held.at_most == (TaskClass.SINGLE_QA, TaskClass.DENSE)
     assert current_auto() is None
 
 
@@ -161,7 +164,8 @@ def test_a_recheck_of_a_dense_prefill_moves_nothing() -> None:
         found = probe(net, ids, cache, logits, Probe(16, 16))
     assert set(found) == set(SIGNALS)
     assert all(column.shape == (2,) and column.isfinite().all() for column in found.values())
-    assert (found["shift"] < -14).all() and (found["drop"] < -10).all(), found
+    assert (found["shift"] < -14).all()
+    assert (found["drop"] < -10).all()
     assert all(torch.equal(layer.keys, was) for layer, was in zip(cache.layers, before, strict=True))
 
 
@@ -208,8 +212,9 @@ def test_compare_is_the_divergence() -> None:
 
 def test_attention_that_cannot_be_seen_is_refused() -> None:
     net, ids = model(attn="eager"), tokens(1, 64)
-    with torch.no_grad(), pytest.raises(AutoError, match="attn_implementation='sdpa'"):
+    with torch.no_grad():
         out = net(input_ids=ids, use_cache=True, logits_to_keep=1)
+    with torch.no_grad(), pytest.raises(AutoError, match="attn_implementation='sdpa'"):
         probe(net, ids, out.past_key_values, out.logits[:, -1], Probe(8))
 
 
@@ -301,7 +306,9 @@ def test_all_or_no_requests_run_again(net: Any, ids: torch.Tensor, threshold: fl
     torch.testing.assert_close(out.logits, expected)
     assert (out.past_key_values is None) is not use_cache
     decision = attached.decisions[-1]
-    assert decision.tried is TaskClass.SINGLE_QA and decision.length == LENGTH and len(decision.scores) == 3
+    assert decision.tried is TaskClass.SINGLE_QA
+    assert decision.length == LENGTH
+    assert len(decision.scores) == 3
     assert decision.again == (() if threshold > 0 else (0, 1, 2))
 
 
@@ -324,7 +331,8 @@ def test_only_the_rows_that_fell_short_run_again(net: Any, ids: torch.Tensor) ->
     assert row == scores.index(max(scores))
     for one in range(3):
         torch.testing.assert_close(out.logits[one], (dense if one == row else cheap)[one])
-    assert out.past_key_values is cache and cache.get_seq_length() == LENGTH
+    assert out.past_key_values is cache
+    assert cache.get_seq_length() == LENGTH
     with sparsepass.task("dense"):
         exact = run(net, ids, use_cache=True).past_key_values
     torch.testing.assert_close(cache.layers[1].keys[row], exact.layers[1].keys[row])

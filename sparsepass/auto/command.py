@@ -66,6 +66,7 @@ class CompareOptions:
     loss: float = option(0.01, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the bounds.", _SAFE)
     spare: float = option(0.015, "Share of requests that may run again for nothing.", _SAFE)
+    resamples: int = option(200, "Of the requests, for the intervals.", _RUN)
     out: Path | None = option(None, "JSON file.", _OUTPUT)
     plot: Path | None = option(None, "Picture (PNG).", _OUTPUT)
     as_json: bool = option(False, "JSON on stdout, no tables.", _OUTPUT)
@@ -150,7 +151,7 @@ def compare(options: CompareOptions) -> int:
     from sparsepass.auto.show import as_json, draw, tables
 
     records, cheap, goal = _given(options)
-    found = run(records, cheap, goal)
+    found = run(records, cheap, goal, resamples=options.resamples)
     content = as_json(found)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

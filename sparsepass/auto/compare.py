@@ -18,6 +18,7 @@ from sparsepass.auto.probe import SIGNALS, Probe
 from sparsepass.auto.records import Place, Records
 
 RESAMPLES = 200
+"""Of the requests, within each cell, for the intervals."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,13 @@ HELD_OUT = ("requests", "template", "task")
 
 
 def compare(
-    records: Records, cheap: str, goal: Goal, candidates: Iterable[Candidate] = CANDIDATES, seed: int = 0
+    records: Records,
+    cheap: str,
+    goal: Goal,
+    candidates: Iterable[Candidate] = CANDIDATES,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Comparison:
     """Judge every candidate on every way of holding out. ``cheap``: text of the budget that is tried first; the other
     budgets of the records only teach what failing looks like. Raises ``AutoError``."""
@@ -121,7 +128,9 @@ def compare(
         for held_out in HELD_OUT:
             parts = split(records, cheap, held_out, candidate)
             if parts:
-                found.append(_judged(candidate, held_out, parts, cheap, settings, goal, cost, generator))
+                rows = together([part.test for part in parts])
+                draws = [resampled(rows, generator) for _ in range(resamples)]
+                found.append(_judged(candidate, held_out, parts, cheap, settings, goal, cost, draws))
     return Comparison(tuple(found), cost, cheap, goal)
 
 
@@ -183,7 +192,7 @@ def _judged(
     settings: Probe,
     goal: Goal,
     cost: float,
-    generator: torch.Generator,
+    draws: Sequence[torch.Tensor],
 ) -> Found:
     verdicts, ranked = [], []
     probes = {place.length: candidate.probe_cost(place.length, settings) for part in parts for place in part.test.cells}
@@ -213,7 +222,6 @@ def _judged(
         judged = known_before(some, held, limit, error) if known else judge(some, held, limit, probes, error)
         return share_saved(judged.cost, cost)
 
-    draws = [resampled(rows, generator) for _ in range(RESAMPLES)]
     areas = [auc(score[one], rows.lost[one]) for one in draws]
     bests = [best(rows.take(one), score[one]) for one in draws]
     return Found(
