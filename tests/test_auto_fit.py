@@ -1,4 +1,4 @@
-"""Fitting and judging: thresholds hold what they promise, areas are those of all pairs, and held-out tasks are unseen."""
+"""Fitting and judging: thresholds hold what they promise, areas are of all pairs, held-out tasks are not fitted on."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def records(count: int = 60, shy: bool = True) -> Records:
                     columns = {name: tuple(column.tolist()) for name, column in signals.items()}
                     right = tuple(a and not b for a, b in zip(dense, lost.tolist(), strict=True))
                     places.append(Place(*about, budget, 400 / length, right, columns))
-    return Records(tuple(places), {"probe": {"rows": 16, "more": 0}, "weights": "x"})
+    return Records(tuple(places), {"probe": {"rows": 16}, "weights": "x"})
 
 
 def test_records_read_back_as_they_were(tmp_path: Path) -> None:

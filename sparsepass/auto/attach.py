@@ -196,7 +196,7 @@ def detach(model: Any) -> None:
 
 def _wrapper(model: Any) -> object:
     compiled = getattr(model, "_compiled_call_impl", None)
-    return compiled if compiled is not None else getattr(model.forward, "attached", None)
+    return compiled if compiled is not None else getattr(getattr(model, "forward", None), "attached", None)
 
 
 def _rows_of(value: Any, rows: int, chosen: torch.Tensor) -> Any:

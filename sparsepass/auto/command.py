@@ -34,8 +34,7 @@ class CollectOptions:
     templates: tuple[int, ...] = option((0, 1), "Of the question; the first is fitted on.", _ASKED)
     cheap: str = option(CHEAP, "Budget that is tried first, in full.", _SAFE)
     stress: tuple[str, ...] = option(STRESS, "Budgets that fail, to learn from, in full.", _SAFE)
-    rows: int = option(32, "Rows that a recheck runs again; 0: no recheck.", _SAFE)
-    more: int = option(0, "Rows that it runs again in a second round.", _SAFE)
+    rows: int = option(16, "Rows that a recheck runs again; 0: no recheck.", _SAFE)
     device: str = option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one.", _RUN)
     dtype: str = option("", "Default: bf16 on a GPU, fp32 on the CPU.", _RUN, choices=("", "bf16", "fp16", "fp32"))
     threads: int = option(0, "CPU threads; 0 leaves them as they are.", _RUN)
@@ -94,7 +93,7 @@ def collect(options: CollectOptions) -> int:
     device = device_of(Machine(device=options.device, threads=options.threads))
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     model = load(options.testbed, dtype=dtype, device=str(device))
-    settings = Probe(options.rows, options.more)
+    settings = Probe(options.rows)
     about = {**fingerprint(model), "probe": asdict(settings), "requests": options.requests}
 
     started = time.monotonic()

@@ -37,7 +37,10 @@ class Rows:
 
 def rows_of(records: Records, places: Iterable[Place], names: Sequence[str], part: int | None = None) -> Rows:
     """The rows of ``places``. ``part``: 0 or 1 takes every second request, None all. Raises ``AutoError``."""
-    values, lost, cell, cells = [], [], [], []
+    values: list[list[float]] = []
+    lost: list[bool] = []
+    cell: list[int] = []
+    cells: list[Place] = []
     for place in places:
         dense = next(records.of(task=place.task, template=place.template, length=place.length, budget="dense"), None)
         if dense is None:
@@ -65,13 +68,14 @@ def logistic(rows: Rows, ridge: float = RIDGE) -> tuple[dict[str, Term], float]:
     if not rows.lost.any() or rows.lost.all():
         kind = "lost" if rows.lost.all() else "kept"
         raise AutoError(f"Every one of {len(rows.lost)} rows is {kind}; a fit needs both: collect under other budgets.")
-    mean, scale = rows.values.mean(0), rows.values.std(0).clamp_min(1e-6)
+    mean = rows.values.mean(0)
+    scale = rows.values.std(0).clamp_min(1e-6)
     inputs = (rows.values - mean) / scale
     weight = torch.zeros(len(rows.lost), dtype=torch.float64)
-    for kind in (rows.lost, ~rows.lost):
-        sizes = torch.bincount(rows.cell[kind], minlength=len(rows.cells)).double()
-        each = 1.0 / sizes[rows.cell[kind]]
-        weight[kind] = each / each.sum()
+    for outcome in (rows.lost, ~rows.lost):
+        sizes = torch.bincount(rows.cell[outcome], minlength=len(rows.cells)).double()
+        each = 1.0 / sizes[rows.cell[outcome]]
+        weight[outcome] = each / each.sum()
     target = rows.lost.double()
 
     # Weights are squares, so that they cannot fall under 0.

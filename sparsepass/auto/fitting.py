@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from sparsepass.auto.compare import CANDIDATES, Goal
@@ -47,7 +45,7 @@ def fit_router(
         terms,
         bias,
         limit,
-        settings if chosen.rows else replace(settings, rows=0, more=0),
+        settings if chosen.rows else Probe(0),
         above=lengths[0] - lengths[0] // 8 - 1,
         up_to=lengths[-1],
         name=name,

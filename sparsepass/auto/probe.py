@@ -29,28 +29,24 @@ TINY = 1e-12
 """Probability under which a distribution is not looked at: float32 has no more."""
 
 
-SIGNALS = ("entropy", "margin", "spread", "activation", "shift", "drop", "doubt")
+SIGNALS = ("entropy", "margin", "spread", "activation", "shift")
 """What a probe tells of a request; larger is meant to be worse."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How many rows a recheck runs again. ``rows``: those the last token attends to; ``more``: those that these attend
-    to in turn, in a second round, 0 for none."""
+    """How many rows a recheck runs again: those that the last token attends to most; 0: no recheck."""
 
-    rows: int = 32
-    more: int = 0
+    rows: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("rows", "more"):
-            given = getattr(self, name)
-            if not isinstance(given, int) or isinstance(given, bool) or given < 0:
-                raise AutoError(f"A probe's {name} is {given!r}; accepted is a whole number of 0 or more.")
+        if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 0:
+            raise AutoError(f"A probe's rows are {self.rows!r}; accepted is a whole number of 0 or more.")
 
     def cost(self, length: int) -> float:
-        """Share of a dense causal prefill's attention: each row looks at every key."""
-        ran = 1 + (self.rows + 1 if self.rows else 0) + (self.rows + self.more + 1 if self.more else 0)
-        return min(1.0, ran * length / (length * (length + 1) / 2))
+        """Share of a dense causal prefill's attention: each row looks at every key, and the last one does twice."""
+        ran = 1 + (self.rows + 1 if self.rows else 0)
+        return min(1.0, 2 * ran / (length + 1))
 
 
 def logit_signals(logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -74,8 +70,8 @@ def probe(
     """All signals of a prefill of ids [B, S], by name, float32 [B]; larger is meant to be worse.
 
     ``cache`` holds all S tokens and is left as it is; ``logits`` [B, V] are those of the last. ``attention_mask``
-    [B, S]: 0 where ``ids`` is padding, on the left. Runs ``model`` eagerly: three short calls at most, and none waits
-    for the device. Raises ``AutoError`` where the model's attention cannot be seen.
+    [B, S]: 0 where ``ids`` is padding, on the left. Runs ``model`` eagerly: two short calls at most, and none waits for
+    the device. Raises ``AutoError`` where the model's attention cannot be seen.
     """
     found = logit_signals(logits)
     length = ids.shape[1]
@@ -87,7 +83,7 @@ def probe(
     seen = _Seen(length)
     hidden = _rerun(model, ids, cache, last, real, first, seen, hidden=True)[1]
     found["spread"] = seen.spread()
-    found["activation"] = -_hoyer(hidden[:, -1].float())
+    found["activation"] = _hoyer(hidden[:, -1].float())
     if not settings.rows:
         return found
 
@@ -96,49 +92,31 @@ def probe(
     importance.scatter_(1, last, -1.0)  # it runs again anyway
     rows = importance.topk(min(settings.rows, length - 1), dim=-1).indices.sort(-1).values
     again = torch.cat([rows, last], -1)
-    further = _Seen(length) if settings.more else None
-    logs, _ = _rerun(model, ids, cache, again, real, first, further)
-    if further is not None:
-        wanted = importance.gather(1, again)
-        wanted[:, -1] = 1.0
-        beyond = further.beyond(again, wanted, first)
-        beyond.scatter_(1, again, -1.0)
-        added = beyond.topk(min(settings.more, length - again.shape[1]), dim=-1).indices
-        again = torch.cat([torch.cat([rows, added], -1).sort(-1).values, last], -1)
-        logs, _ = _rerun(model, ids, cache, again, real, first, None)
-    return found | compare(logits.float().log_softmax(-1), logs)
+    logs, _ = _rerun(model, ids, cache, again, real, first, None)
+    return found | {"shift": shift(logits.float().log_softmax(-1), logs)}
 
 
-def compare(before: torch.Tensor, after: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far the answer's distribution moved, from log-probabilities [B, V] to others: ``shift``, the larger of both
-    Kullback-Leibler divergences, ``drop``, what the first choice lost, both as logarithms; ``doubt``, the entropy
-    after, likewise."""
+def shift(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """How far the answer's distribution moved, [B] from log-probabilities [B, V] to others: the larger of both
+    Kullback-Leibler divergences, in nats, as a logarithm."""
     one = (before.exp() * (before - after)).sum(-1)
     other = (after.exp() * (after - before)).sum(-1)
-    best = before.argmax(-1, keepdim=True)
-    drop = (before.gather(1, best) - after.gather(1, best)).squeeze(1)
-    entropy = -(after.exp() * after).sum(-1)
-    floor = 1e-9
-    return {
-        "shift": torch.maximum(one, other).clamp_min(floor).log(),
-        "drop": drop.clamp_min(floor).log(),
-        "doubt": entropy.clamp_min(floor).log(),
-    }
+    return torch.maximum(one, other).clamp_min(1e-9).log()
 
 
 class _Seen:
-    """What the layers of one call attend to, from their weights [B, H, R, S], one after another; none is kept."""
+    """What the last query of one call attends to, from each layer's weights [B, H, 1, S]; none is kept."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self.layers = 0
         self.best: torch.Tensor | None = None
-        """[B, R, S]: the largest weight of any layer and head so far."""
+        """[B, S]: the largest weight of any layer and head so far."""
         self._spread: torch.Tensor | None = None
 
     def __call__(self, weights: torch.Tensor) -> None:
         self.layers += 1
-        most = weights.amax(1)
+        most = weights[:, :, -1].amax(1)
         self.best = most if self.best is None else torch.maximum(self.best, most)
         blocks = -(-self.length // SPREAD_BLOCK)
         part = F.pad(weights[:, :, -1], (0, blocks * SPREAD_BLOCK - self.length))
@@ -149,16 +127,7 @@ class _Seen:
     def importance(self) -> torch.Tensor:
         """[B, S]: the largest weight that the last query gives a key."""
         assert self.best is not None  # attention was seen, or the call had raised
-        return self.best[:, -1].clone()
-
-    def beyond(self, rows: torch.Tensor, wanted: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        """[B, S]: the largest weight that any of ``rows`` [B, R], as important as ``wanted`` [B, R], gives a key that
-        is no near neighbor, which a cheap pass sees anyway."""
-        assert self.best is not None  # as above
-        keys = torch.arange(self.length, device=rows.device)
-        near = keys >= rows[..., None] - 2 * SPREAD_BLOCK  # [B, R, S]
-        near |= (keys < first + SPREAD_BLOCK)[:, None]
-        return (self.best * wanted[..., None]).masked_fill(near, 0.0).amax(1)
+        return self.best
 
     def spread(self) -> torch.Tensor:
         """[B]: entropy of the last query's attention over blocks, over that of the even spread, mean over heads."""

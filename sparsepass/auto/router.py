@@ -147,7 +147,7 @@ class Router:
         return Router.from_json(data, str(path))
 
 
-RECHECKED = frozenset({"shift", "drop", "doubt"})
+RECHECKED = frozenset({"shift"})
 """Signals that need rows to be run again."""
 
 LOGITS = frozenset({"entropy", "margin"})
