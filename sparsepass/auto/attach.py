@@ -188,10 +188,11 @@ def detach(model: Any) -> None:
     attached = _wrapper(model)
     if not isinstance(attached, Attached):
         raise AutoError("This model was not attached, or was compiled since: there is nothing to undo.")
+    run = attached._run
     if getattr(model, "_compiled_call_impl", None) is attached:
-        model._compiled_call_impl = attached._run
+        model._compiled_call_impl = run
     else:
-        model.forward = attached._run
+        model.forward = run
 
 
 def _wrapper(model: Any) -> object:

@@ -51,7 +51,7 @@ class FitOptions:
     reads: str = option("router", "Signals that the router reads, by the name of a row of compare.", _SAFE)
     loss: float = option(0.01, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the bounds.", _SAFE)
-    spare: float = option(0.015, "Share of requests that may run again for nothing.", _SAFE)
+    spare: float = option(0.015, "Share of a cell's requests that may run again for nothing.", _SAFE)
     name: str = option("fitted", "Of the router.", _OUTPUT)
     out: Path | None = option(None, "Router file.", _OUTPUT)
 
@@ -64,7 +64,7 @@ class CompareOptions:
     cheap: str = option("", "Budget that is tried first; default: the records' first.", _SAFE)
     loss: float = option(0.01, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the bounds.", _SAFE)
-    spare: float = option(0.015, "Share of requests that may run again for nothing.", _SAFE)
+    spare: float = option(0.015, "Share of a cell's requests that may run again for nothing.", _SAFE)
     resamples: int = option(200, "Of the requests, for the intervals.", _RUN)
     out: Path | None = option(None, "JSON file.", _OUTPUT)
     plot: Path | None = option(None, "Picture (PNG).", _OUTPUT)

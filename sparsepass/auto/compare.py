@@ -23,8 +23,8 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class Goal:
-    """``loss``: share of the dense accuracy that may be lost. ``confidence``: of bounds. ``spare``: share of requests
-    that may run again for nothing, spent on failures of a kind that was not seen."""
+    """``loss``: share of the dense accuracy that may be lost. ``confidence``: of bounds. ``spare``: share of a
+    cell's requests that may run again for nothing, spent on failures of a kind that was not seen."""
 
     loss: float = 0.01
     confidence: float = 0.95

@@ -130,11 +130,15 @@ def safe_threshold(rows: Rows, score: torch.Tensor, loss: float, confidence: flo
 
 
 def spare_threshold(rows: Rows, score: torch.Tensor, spare: float) -> float:
-    """The smallest threshold at which at most a share ``spare`` of all rows is kept by its budget and yet not trusted:
-    what can be afforded, spent on failures of a kind that was not seen."""
-    kept = score[~rows.lost].sort(descending=True).values
-    count = min(int(spare * len(rows.lost)), len(kept) - 1)
-    return float(kept[count]) + 1e-9
+    """The smallest threshold at which no cell runs more than a share ``spare`` of its kept rows again for nothing: what
+    can be afforded, spent on failures of a kind that was not seen. Cells that lose most of their rows do not count."""
+    least = -float("inf")
+    for cell in range(len(rows.cells)):
+        here = rows.cell == cell
+        kept = score[here & ~rows.lost].sort(descending=True).values
+        if len(kept) and 2 * len(kept) >= int(here.sum()):
+            least = max(least, float(kept[min(int(spare * len(kept)), len(kept) - 1)]) + 1e-9)
+    return least
 
 
 def threshold(

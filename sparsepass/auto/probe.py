@@ -26,7 +26,7 @@ SPREAD_BLOCK = 64
 """Tokens per block that the attention's spread is taken over."""
 
 TINY = 1e-12
-"""Probability under which a distribution is not looked at: float32 has no more."""
+"""Length that a vector of zeros is given."""
 
 
 SIGNALS = ("entropy", "margin", "spread", "activation", "shift")
@@ -191,4 +191,5 @@ def _together(weights: torch.Tensor, rows: torch.Tensor, length: int) -> torch.T
 def _hoyer(values: torch.Tensor) -> torch.Tensor:
     """Hoyer's sparsity [B] of values [B, N] (arXiv cs/0408058): 0 all alike, 1 a single one."""
     root = math.sqrt(values.shape[-1])
-    return (root - values.abs().sum(-1) / values.norm(dim=-1).clamp_min(TINY)) / (root - 1)
+    length: torch.Tensor = values.square().sum(-1).sqrt().clamp_min(TINY)
+    return (root - values.abs().sum(-1) / length) / (root - 1)
