@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from sparsepass.auto import AutoError, Router
 from sparsepass.auto.__main__ import main
 from sparsepass.auto.compare import CANDIDATES, Goal, compare, reference, split
-from sparsepass.auto.fit import Rows, allowed_misses, logistic, rows_of, safe_threshold, scores, spare_threshold
+from sparsepass.auto.fit import Rows, logistic, rows_of, safe_threshold, scores, spare_threshold
 from sparsepass.auto.fitting import fit_router
-from sparsepass.auto.judge import auc, best_threshold, judge
+from sparsepass.auto.judge import auc, judge
 from sparsepass.auto.probe import SIGNALS
 from sparsepass.auto.records import Place, Records
-from sparsepass.calibrate.bounds import upper_bound
 
 CHEAP, STRESS = "a_shape", "pooled_topk(density=0.3)"
 TASKS = {"one": "single_qa", "four": "multi_qa", "hops": "multi_hop"}
@@ -80,30 +79,23 @@ def test_weights_are_never_negative_and_find_the_signal() -> None:
         logistic(rows.take(~rows.lost))
 
 
-@given(st.integers(0, 400), st.floats(0.005, 0.3), st.floats(0.8, 0.99))
-def test_allowed_misses_are_the_most_that_show_it(count: int, loss: float, confidence: float) -> None:
-    allowed = allowed_misses(count, loss, confidence)
-    assert upper_bound(allowed + 1, count, 1 - confidence) > loss or allowed + 1 > count
-    assert allowed == 0 or upper_bound(allowed, count, 1 - confidence) <= loss
-
-
 @st.composite
 def scored(draw: st.DrawFn) -> tuple[Rows, torch.Tensor]:
     count = draw(st.integers(2, 40))
     lost = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     cell = torch.tensor(draw(st.lists(st.integers(0, 2), min_size=count, max_size=count)))
     score = torch.tensor(draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count))).double()
-    places = tuple(Place("t", "single_qa", 0, 100 + at, "b", 0.1, ()) for at in range(3))
+    places = tuple(Place(f"t{at // 2}", "single_qa", 0, 100 + at, "b", 0.1, ()) for at in range(3))
     return Rows(("shift",), score[:, None], lost, cell, places), score
 
 
 @given(scored(), st.floats(0.01, 0.5))
 def test_thresholds_hold_what_they_promise(made: tuple[Rows, torch.Tensor], share: float) -> None:
     rows, score = made
-    safe = judge(rows, score, safe_threshold(rows, score, share, 0.9), {}, 0.1)
-    assert all(cell.missed <= allowed_misses(cell.questions, share, 0.9) for cell in safe.cells)
-    best = judge(rows, score, best_threshold(rows, score, share), {}, 0.1)
-    assert all(cell.missed <= share * cell.questions for cell in best.cells)
+    safe = judge(rows, score, safe_threshold(rows, score, share), {}, 0.1)
+    for task in ("t0", "t1"):
+        cells = [cell for cell in safe.cells if cell.place.task == task]
+        assert sum(cell.missed for cell in cells) <= share * sum(cell.questions for cell in cells)
     again = score >= spare_threshold(rows, score, share)
     for cell in range(3):
         kept = (rows.cell == cell) & ~rows.lost

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsepass.auto.error import AutoError
-from sparsepass.auto.fit import Rows, logistic, rows_of, scores, threshold
-from sparsepass.auto.judge import Verdict, auc, best_threshold, interval, judge, known_before, resampled
+from sparsepass.auto.fit import Rows, logistic, rows_of, safe_threshold, scores, threshold
+from sparsepass.auto.judge import Verdict, auc, interval, judge, known_before, resampled
 from sparsepass.auto.probe import SIGNALS, Probe
 from sparsepass.auto.records import Place, Records
 
@@ -137,8 +137,7 @@ def compare(
 def reference(records: Records, cheap: str, goal: Goal) -> float:
     """Cost of the policy that is told the class: the cheap budget in cells where it loses no more than tolerated."""
     rows = rows_of(records, records.of(template=0, budget=cheap), ())
-    limit = best_threshold(rows, rates(rows, rows, REFERENCE), goal.loss)
-    return known_before(rows, rates(rows, rows, REFERENCE), limit, 1 - goal.confidence).cost
+    return known_before(rows, rates(rows, rows, REFERENCE), goal.loss + 1e-9, 1 - goal.confidence).cost
 
 
 def split(records: Records, cheap: str, held_out: str, candidate: Candidate) -> list[Part]:
@@ -171,16 +170,16 @@ def split(records: Records, cheap: str, held_out: str, candidate: Candidate) -> 
 
 
 def rates(train: Rows, test: Rows, candidate: Candidate) -> torch.Tensor:
-    """The score of a candidate that knows nothing of the run: the share lost in the worst cell with the same key;
-    infinite for a key that was not seen."""
+    """The score of a candidate that knows nothing of the run: the share lost of the rows with the same key; infinite
+    for a key that was not seen."""
     assert candidate.key is not None  # such a candidate has one
-    worst: dict[object, float] = {}
-    for number, place in enumerate(train.cells):
-        here = train.cell == number
+    keys = [candidate.key(place) for place in train.cells]
+    share: dict[object, float] = {}
+    for key in dict.fromkeys(keys):
+        here = torch.tensor([one == key for one in keys])[train.cell]
         if here.any():
-            share = float(train.lost[here].double().mean())
-            worst[candidate.key(place)] = max(share, worst.get(candidate.key(place), 0.0))
-    by_cell = torch.tensor([worst.get(candidate.key(place), float("inf")) for place in test.cells], dtype=torch.float64)
+            share[key] = float(train.lost[here].double().mean())
+    by_cell = torch.tensor([share.get(candidate.key(place), float("inf")) for place in test.cells], dtype=torch.float64)
     return by_cell[test.cell]
 
 
@@ -200,15 +199,13 @@ def _judged(
     for part in parts:
         if candidate.key is not None:
             score = rates(part.train, part.test, candidate)
-            limit = best_threshold(part.train, rates(part.train, part.train, candidate), goal.loss)
-            limit = min(limit, torch.finfo(torch.float64).max)  # a key that was not seen is never trusted
-            verdicts.append(known_before(part.test, score, limit, error))
+            verdicts.append(known_before(part.test, score, goal.loss + 1e-9, error))
             score = score.clamp_max(1.0)
         else:
             terms, bias = logistic(part.train)
             mine = scores(part.train, terms, bias)
             tried = torch.tensor([place.budget == cheap for place in part.train.cells])[part.train.cell]
-            limit = threshold(part.train, mine, tried, loss=goal.loss, confidence=goal.confidence, spare=goal.spare)
+            limit = threshold(part.train.take(tried), mine[tried], loss=goal.loss, spare=goal.spare)
             score = scores(part.test, terms, bias)
             verdicts.append(judge(part.test, score, limit, probes, error))
             score = score - limit  # so that parts with scores of their own can be ranked together
@@ -217,7 +214,7 @@ def _judged(
     rows, score = together([part.test for part in parts]), torch.cat(ranked)
 
     def best(some: Rows, held: torch.Tensor) -> float:
-        limit = best_threshold(some, held, goal.loss)
+        limit = safe_threshold(some, held, goal.loss)
         known = candidate.key is not None
         judged = known_before(some, held, limit, error) if known else judge(some, held, limit, probes, error)
         return share_saved(judged.cost, cost)

@@ -1,8 +1,9 @@
-"""Fit a router: a logistic regression on the signals, and a threshold that is held against missed failures.
+"""Fit a router: a logistic regression on the signals, and a threshold between missed failures and false alarms.
 
 A row is one request under one budget. It counts if dense answers the request right, and is ``lost`` if the budget does
-not. Weights are 0 or more, since every signal is larger where it is worse: so a fit on some tasks cannot turn a signal
-around for a task that it has not seen.
+not. The regression learns from every budget, the threshold is set for the one that is to be used. Weights are 0 or
+more, since every signal is larger where it is worse: so a fit on some tasks cannot turn a signal around for a task that
+it has not seen.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from sparsepass.auto.error import AutoError
 from sparsepass.auto.records import Place, Records
 from sparsepass.auto.router import Term
-from sparsepass.calibrate.bounds import upper_bound
 
 RIDGE = 1e-2
 """Penalty on the weights' squares: where signals separate the rows perfectly, they would grow without end."""
@@ -108,22 +108,15 @@ def scores(rows: Rows, terms: Mapping[str, Term], bias: float) -> torch.Tensor:
     return (rows.values - means) @ weights + bias
 
 
-def allowed_misses(count: int, loss: float, confidence: float) -> int:
-    """The most rows of ``count`` that may be lost if the bound of their share is to be ``loss``; 0 where even none
-    shows it."""
-    misses = 0
-    while misses < count and upper_bound(misses + 1, count, 1 - confidence) <= loss:
-        misses += 1
-    return misses
-
-
-def safe_threshold(rows: Rows, score: torch.Tensor, loss: float, confidence: float) -> float:
-    """The largest threshold under which no cell misses more failures than allowed: rows under it are trusted."""
+def safe_threshold(rows: Rows, score: torch.Tensor, loss: float) -> float:
+    """The largest threshold under which no task misses more than a share ``loss`` of its rows, over all lengths: rows
+    under it are trusted."""
     limit = float("inf")
-    for cell in range(len(rows.cells)):
-        here = rows.cell == cell
+    tasks = [place.task for place in rows.cells]
+    for task in dict.fromkeys(tasks):
+        here = torch.tensor([one == task for one in tasks])[rows.cell]
         failed = score[here & rows.lost].sort().values
-        allowed = allowed_misses(int(here.sum()), loss, confidence)
+        allowed = int(loss * int(here.sum()))
         if len(failed) > allowed:
             limit = min(limit, float(failed[allowed]))
     return limit
@@ -141,9 +134,7 @@ def spare_threshold(rows: Rows, score: torch.Tensor, spare: float) -> float:
     return least
 
 
-def threshold(
-    rows: Rows, score: torch.Tensor, cheap: torch.Tensor, *, loss: float, confidence: float, spare: float
-) -> float:
-    """Of both thresholds the smaller. ``cheap`` [N]: rows under the budgets that are to be used; rows under others
-    are only looked at for failures."""
-    return min(safe_threshold(rows, score, loss, confidence), spare_threshold(rows.take(cheap), score[cheap], spare))
+def threshold(rows: Rows, score: torch.Tensor, *, loss: float, spare: float) -> float:
+    """Of both thresholds the smaller, for rows under the budget that is to be used. Half of ``loss`` is left to what a
+    fit does not see."""
+    return min(safe_threshold(rows, score, loss / 2), spare_threshold(rows, score, spare))

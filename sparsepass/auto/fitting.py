@@ -35,8 +35,7 @@ def fit_router(
     terms, bias = logistic(train)
     mine = scores(train, terms, bias)
     is_cheap = torch.tensor([place.budget == cheap for place in train.cells])[train.cell]
-    limit = threshold(train, mine, is_cheap, loss=goal.loss, confidence=goal.confidence, spare=goal.spare)
-    limit = min(limit, LARGEST)
+    limit = min(LARGEST, threshold(train.take(is_cheap), mine[is_cheap], loss=goal.loss, spare=goal.spare))
     probes = {length: chosen.probe_cost(length, settings) for length in records.lengths()}
     verdict = judge(held, scores(held, terms, bias), limit, probes, 1 - goal.confidence)
     lengths = records.lengths()

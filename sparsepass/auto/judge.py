@@ -94,18 +94,6 @@ def auc(score: torch.Tensor, lost: torch.Tensor) -> float:
     return float((ranks[lost].sum() - bad * (bad + 1) / 2) / (bad * good))
 
 
-def best_threshold(rows: Rows, score: torch.Tensor, loss: float) -> float:
-    """The largest threshold at which no cell loses more than ``loss`` of its rows, in these rows."""
-    limit = float("inf")
-    for cell in range(len(rows.cells)):
-        here = rows.cell == cell
-        failed = score[here & rows.lost].sort().values
-        allowed = int(loss * int(here.sum()))
-        if len(failed) > allowed:
-            limit = min(limit, float(failed[allowed]))
-    return limit
-
-
 def resampled(rows: Rows, generator: torch.Generator) -> torch.Tensor:
     """Numbers of rows drawn anew, with replacement, within each cell."""
     picked = []
