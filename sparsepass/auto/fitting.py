@@ -57,11 +57,6 @@ def fit_router(
 
 def shown(verdict: Verdict, goal: Goal) -> dict[str, object]:
     """What held-out requests say, as plain JSON: by task what was missed, with its bound, and the cost."""
-    tasks: dict[str, list[int]] = {}
-    for cell in verdict.cells:
-        held = tasks.setdefault(cell.place.task, [0, 0])
-        held[0] += cell.missed
-        held[1] += cell.questions
     return {
         "loss": goal.loss,
         "confidence": goal.confidence,
@@ -73,6 +68,6 @@ def shown(verdict: Verdict, goal: Goal) -> dict[str, object]:
                 "questions": count,
                 "upper": round(upper_bound(missed, count, 1 - goal.confidence), 5),
             }
-            for task, (missed, count) in tasks.items()
+            for task, (missed, count) in verdict.tasks.items()
         },
     }

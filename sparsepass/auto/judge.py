@@ -47,6 +47,20 @@ class Verdict:
     def worst(self) -> Cell:
         return min(self.cells, key=lambda cell: cell.kept)
 
+    @property
+    def tasks(self) -> dict[str, tuple[int, int]]:
+        """Missed, and questions, of each task over all its cells."""
+        found: dict[str, tuple[int, int]] = {}
+        for cell in self.cells:
+            missed, count = found.get(cell.place.task, (0, 0))
+            found[cell.place.task] = (missed + cell.missed, count + cell.questions)
+        return found
+
+    @property
+    def least_kept(self) -> float:
+        """Of the dense accuracy, by the task that keeps least."""
+        return min(1 - missed / count for missed, count in self.tasks.values() if count)
+
 
 def judge(rows: Rows, score: torch.Tensor, threshold: float, probe_cost: dict[int, float], error: float) -> Verdict:
     """Rows whose score is ``threshold`` or more run again, densely. ``probe_cost``: share by length."""

@@ -27,7 +27,7 @@ def tables(found: Comparison) -> Group:
             continue
         table = Table(title=f"Held out: {_HELD[held_out]}", title_justify="left")
         table.add_column("decides by", no_wrap=True)
-        for name in ("AUC", "saving at best threshold", "fitted: saving", "cost", "kept", "least kept", "where"):
+        for name in ("AUC", "saving at best threshold", "saving as fitted", "cost", "kept", "worst task", "worst cell"):
             table.add_column(name, justify="right")
         for one in rows:
             worst = one.verdict.worst
@@ -38,8 +38,8 @@ def tables(found: Comparison) -> Group:
                 f"{one.saving:.2f}",
                 f"{one.verdict.cost:.3f}",
                 f"{one.verdict.kept:.4f}",
-                f"{worst.kept:.3f}",
-                f"{worst.place.task} {worst.place.length}",
+                f"{one.verdict.least_kept:.4f}",
+                f"{worst.kept:.3f} {worst.place.task} {worst.place.length}",
             )
         parts.append(table)
     for held_out in HELD_OUT:
@@ -91,6 +91,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "saving": one.saving,
             "cost": one.verdict.cost,
             "kept": one.verdict.kept,
+            "kept_by_worst_task": one.verdict.least_kept,
             "cells": [
                 {
                     "task": cell.place.task,
@@ -117,32 +118,31 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 
 def draw(found: Comparison, path: Path) -> Path:
-    """Two panels: how well each signal predicts a loss, and what each saves against what it keeps."""
+    """Two panels: how well each signal predicts a loss, and what it saves as fitted, hollow where a task loses more
+    than tolerated."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(one.candidate for one in found.found))
-    for shift, held_out in enumerate(HELD_OUT):
-        rows = [one for one in found.found if one.held_out == held_out]
-        places = [names.index(one.candidate) + (shift - 1) * 0.25 for one in rows]
-        values = [one.auc[0] for one in rows]
-        low = [max(0.0, one.auc[0] - one.auc[1]) for one in rows]
-        high = [max(0.0, one.auc[2] - one.auc[0]) for one in rows]
+    for step, held_out in enumerate(HELD_OUT):
         color = COLORS[held_out]
-        left.errorbar(values, places, xerr=[low, high], fmt="o", color=color, capsize=2, label=_HELD[held_out])
-        right.scatter([one.verdict.worst.kept for one in rows], [one.saving for one in rows], color=color)
-        for one in rows:
-            right.annotate(one.candidate, (one.verdict.worst.kept, one.saving), fontsize=6, color=color)
+        for one in (one for one in found.found if one.held_out == held_out):
+            place = names.index(one.candidate) + (step - 1) * 0.25
+            value, low, high = one.auc
+            left.plot([low, high], [place, place], color=color)
+            left.plot(value, place, "o", color=color)
+            keeps = one.verdict.least_kept >= 1 - found.goal.loss
+            right.plot(one.saving, place, "o", color=color, fillstyle="full" if keeps else "none")
+        left.plot([], [], "o", color=color, label=_HELD[held_out])
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.axvline(0.5, color="#7f7f7f", linewidth=1, linestyle=":")
-    left.set_xlabel("AUC: a request that the cheap budget loses scores above one that it keeps")
-    left.legend(fontsize="small", title="held out", loc="lower left")
-    right.axvline(1 - found.goal.loss, color="#7f7f7f", linewidth=1, linestyle=":")
-    right.axhline(0.8, color="#7f7f7f", linewidth=1, linestyle=":")
-    right.set_xlabel("kept of the dense accuracy, worst task and length")
-    right.set_ylabel("share of the calibrated policy's saving")
+    left.set_xlabel("AUC: scores of requests that the cheap budget loses, over others'")
+    left.legend(fontsize="small", title="held out", loc="center left")
+    right.axvline(0.8, color="#7f7f7f", linewidth=1, linestyle=":")
+    right.axvline(0.0, color="#7f7f7f", linewidth=1)
+    right.set_xlabel(f"share of the policy's saving (hollow: a task loses over {found.goal.loss:.0%})")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     return path
