@@ -168,7 +168,24 @@ def test_the_commands_write_what_they_say(tmp_path: Path, capsys: pytest.Capture
     assert main(["fit", *given, "--out", str(tmp_path / "router.json"), "--reads", "recheck"]) == 0
     assert set(Router.load(tmp_path / "router.json").terms) == {"shift"}
     picture, file = tmp_path / "auto.png", tmp_path / "auto.json"
-    assert main(["compare", *given, "--out", str(file), "--plot", str(picture), "--resamples", "3"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                *given,
+                "--out",
+                str(file),
+                "--plot",
+                str(picture),
+                "--resamples",
+                "3",
+                "--markdown",
+                str(tmp_path / "a.md"),
+            ]
+        )
+        == 0
+    )
+    assert "| each task in turn | `hops` |" in (tmp_path / "a.md").read_text()
     assert picture.stat().st_size > 10_000
     assert {one["held_out"] for one in json.loads(file.read_text())["found"]} == {"requests", "template", "task"}
     assert "each task in turn" in capsys.readouterr().out

@@ -68,6 +68,7 @@ class CompareOptions:
     resamples: int = option(200, "Of the requests, for the intervals.", _RUN)
     out: Path | None = option(None, "JSON file.", _OUTPUT)
     plot: Path | None = option(None, "Picture (PNG).", _OUTPUT)
+    markdown: Path | None = option(None, "Document whose table is replaced by this one.", _OUTPUT)
     as_json: bool = option(False, "JSON on stdout, no tables.", _OUTPUT)
 
 
@@ -147,7 +148,7 @@ def compare(options: CompareOptions) -> int:
     from rich.console import Console
 
     from sparsepass.auto.compare import compare as run
-    from sparsepass.auto.show import as_json, draw, tables
+    from sparsepass.auto.show import as_json, draw, tables, write_markdown
 
     records, cheap, goal = _given(options)
     found = run(records, cheap, goal, resamples=options.resamples)
@@ -157,6 +158,8 @@ def compare(options: CompareOptions) -> int:
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
         draw(found, options.plot)
+    if options.markdown is not None:
+        write_markdown(found, int(records.about.get("requests", 0)), options.markdown)
     if options.as_json:
         print(json.dumps(content, indent=1))
     else:
