@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from hypothesis import strategies as st
 
 from sparsepass.auto import AutoError, Router
 from sparsepass.auto.__main__ import main
+from sparsepass.auto.collect import collect
 from sparsepass.auto.compare import CANDIDATES, Goal, compare, reference, split
 from sparsepass.auto.fit import Rows, logistic, rows_of, safe_threshold, scores, spare_threshold
 from sparsepass.auto.fitting import fit_router
 from sparsepass.auto.judge import auc, judge
 from sparsepass.auto.probe import SIGNALS
 from sparsepass.auto.records import Place, Records
+from sparsepass.tasks.tokens import TOKEN_TASKS
+from sparsepass.types import Budget
+from tests.tiny import model
 
 CHEAP, STRESS = "a_shape", "pooled_topk(density=0.3)"
 TASKS = {"one": "single_qa", "four": "multi_qa", "hops": "multi_hop"}
@@ -192,3 +197,13 @@ def test_the_commands_write_what_they_say(tmp_path: Path, capsys: pytest.Capture
     assert main(["fit"]) == 2
     assert main(["compare", *given, "--cheap", "nothing"]) == 2
     assert "have no budget 'nothing'" in capsys.readouterr().err
+
+
+def test_a_collected_place_has_answers_density_and_every_signal(fresh_dynamo: None) -> None:
+    net = copy.deepcopy(model(vocab_size=4096))
+    cheap = Budget("a_shape", {"window": 64, "sink": 64, "block": 64})
+    tasks = [task for task in TOKEN_TASKS if task.name == "token_needle"]
+    dense, sparse = collect(net, tasks, [512], [cheap, cheap], templates=[0], requests=2)
+    assert (dense.budget, dense.density, len(dense.right), dense.signals) == ("dense", 1.0, 2, {})
+    assert sparse.budget.startswith("a_shape") and sparse.density < 0.7
+    assert set(sparse.signals) == set(SIGNALS) and all(len(column) == 2 for column in sparse.signals.values())

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from sparsepass import counters
 from sparsepass.auto.caches import changed
 from sparsepass.auto.probe import Probe, probe
 from sparsepass.auto.records import Place
-from sparsepass.calibrate.switch import BudgetSwitch
+from sparsepass.calibrate.switch import BudgetSwitch, counted
 from sparsepass.methods import encode_budget
 from sparsepass.models import device_of
 from sparsepass.tasks.base import stable_seed
@@ -43,7 +42,7 @@ def collect(
     cache by teacher forcing, so they are right exactly where greedy decoding gives them. ``time_limit``: seconds after
     which no further task and template is begun; 0: none.
     """
-    switch = BudgetSwitch(budgets)
+    switch = BudgetSwitch()
     model.compile(backend=switch, dynamic=True)
     chosen = settings or Probe()
     places: list[Place] = []
@@ -54,11 +53,11 @@ def collect(
                 if time_limit and time.monotonic() - started > time_limit:
                     return places
                 ids, answers = draw(replace(task, template=template), length, requests, seed, device_of(model))
-                for budget in (None, *switch.budgets):
+                for budget in (None, *dict.fromkeys(budgets)):
                     switch.active = budget
-                    before = counters.total()
+                    before = counted()
                     right, signals = measure(model, ids, answers, None if budget is None else chosen)
-                    ran = counters.total() - before
+                    ran = counted() - before
                     density = 1.0 if budget is None else ran.density or 1.0
                     text = "dense" if budget is None else encode_budget(budget)
                     places.append(
