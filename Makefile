@@ -11,7 +11,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(USABLE)' 
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-# Without --no-compile every module of torch and transformers is compiled, most for nothing: 45 s.
+# Without --no-compile every module of torch and transformers is compiled, most for nothing: 45 s. What is imported is
+# compiled then, and must be kept: dozens of processes import it.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 ifeq ($(DEEP),1)
 export HYPOTHESIS_PROFILE = deep
@@ -43,7 +45,7 @@ types: $(VENV)/.test
 
 # What every test process needs, made once, while mypy keeps another core busy: bytecode and the C++ kernels.
 warm: $(VENV)/.test
-	@$(BIN)/python -c "import torch._inductor.compile_fx, hypothesis, transformers.models.llama.modeling_llama; \
+	@$(BIN)/python -c "import torch._inductor.compile_fx, triton.compiler, hypothesis, matplotlib.pyplot, transformers.models.llama.modeling_llama; \
 	from sparsepass.kernels import cpu_build; cpu_build.library()"
 
 $(BIN)/python:
