@@ -61,8 +61,10 @@ def fold_block(
 ):
     """One step of the online softmax: folds the keys ``start .. start + KEYS`` into (acc, total, top, flag).
 
-    ``top`` is the running maximum of the scores as they go into exp2 but for ``log2_scale``; ``flag`` turns 1 at a
-    masked block with a non-finite value. ``factor`` to ``hidden``: ``kernels/terms_triton.py``.
+    ``top`` is the running maximum of the scores times ``log2_scale``, as a rounded number: kept without the factor, the
+    compiler fuses the product into the difference of two maxima, of equal ones too, and every step then multiplies what
+    is summed so far by 1 plus a rounding error. ``flag`` turns 1 at a masked block with a non-finite value.
+    ``factor`` to ``hidden``: ``kernels/terms_triton.py``.
     ``skip``: binary logarithm of a weight; keys that have less in every row are left out. None: none are.
     """
     k_ptrs = k_tile + start.to(tl.int64) * k_stride_s
@@ -109,17 +111,17 @@ def fold_block(
             at = mask_row[:, None] + (start + tl.arange(0, KEYS)).to(tl.int64)[None, :] * mask_stride
             visible = visible & (tl.load(at, mask=inside[:, None] & there[None, :], other=0) != 0)
         scores = tl.where(visible, scores, float("-inf"))
-    block_top = tl.max(scores, 1)
+    block_top = tl.max(scores, 1) * log2_scale
     needed = True
     if skip is not None:  # a row outside the queries asks for nothing; NaN does
-        less = block_top * log2_scale < top * log2_scale + skip
+        less = block_top < top + skip
         needed = tl.max((inside & (less == 0)).to(tl.int32), 0) > 0
     if needed:
         new_top = tl.maximum(top, block_top)
         # A row that has seen nothing yet has top -inf, and -inf - -inf is NaN.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top) * log2_scale
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.math.exp2(scores * log2_scale - base[:, None])
-        decay = tl.math.exp2(top * log2_scale - base)
+        decay = tl.math.exp2(top - base)
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
         top = new_top
@@ -276,7 +278,7 @@ def attend_tile(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if sinks_ptr is not None:  # as a key already seen, whose value is 0
         sink = tl.load(sinks_ptr + head * sinks_stride)
-        top = tl.zeros([BLOCK_M], tl.float32) + sink * (1.4426950408889634 / log2_scale)
+        top = tl.zeros([BLOCK_M], tl.float32) + sink * 1.4426950408889634
         total = total + tl.where(sink == float("-inf"), 0.0, 1.0)
     flag = 0
     for step in tl.range(0, edges * PER_EDGE, num_stages=EDGE_STAGES):
@@ -301,7 +303,9 @@ def attend_tile(
     tl.store(flags_ptr + program, flag)
 
     # total is 0 only for rows that saw nothing: their acc is 0 and their log-sum-exp -inf.
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    share = tl.where(total == 0.0, 1.0, total)[:, None]
+    FULL: tl.constexpr = out_ptr.dtype.element_ty == tl.float32  # else it may be off by two units in the last place
+    out = tl.div_rn(acc, tl.broadcast_to(share, acc.shape)) if FULL else acc / share
     heads = kv_heads * group
     out_row = (item64 * q_len + token64) * heads + head
     tl.store(
@@ -310,7 +314,7 @@ def attend_tile(
         mask=inside[:, None] & v_dim_mask[None, :],
     )
     if RETURN_LSE:
-        lse = (tl.where(total == 0.0, 0.0, top) * log2_scale + tl.math.log2(total)) * 0.6931471805599453
+        lse = (tl.where(total == 0.0, 0.0, top) + tl.math.log2(total)) * 0.6931471805599453
         tl.store(lse_ptr + (item64 * heads + head) * q_len + token, lse, mask=inside)
 
 

@@ -230,7 +230,7 @@ def _fold_columns(
     CHANGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One step of the online softmax over gathered keys; as ``attend_triton._fold_block`` otherwise."""
+    """One step of the online softmax over gathered keys; as ``attend_tiles_triton.fold_block`` otherwise."""
     column, there = _marked(marks, columns, start, limit, column_stride_e, KEYS)
     key = column.to(tl.int64)
     dim = tl.arange(0, DIM_STEP)
@@ -269,11 +269,11 @@ def _fold_columns(
         scores = tl.where(seen, scores, float("-inf"))
     else:
         scores = tl.where(there[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     # A row that has seen nothing yet has top -inf, and -inf - -inf is NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top) * log2_scale
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.math.exp2(scores * log2_scale - base[:, None])
-    decay = tl.math.exp2(top * log2_scale - base)
+    decay = tl.math.exp2(top - base)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
     v_dim = tl.arange(0, BLOCK_DV)
@@ -410,7 +410,7 @@ def _attend_columns(
         acc = tl.load(outs, mask=out_mask, other=0.0).to(tl.float32)
         lse = tl.load(lses, mask=inside, other=float("-inf"))
         total = tl.where(lse == float("-inf"), 0.0, 1.0)
-        top = lse * 1.4426950408889634 / log2_scale
+        top = lse * 1.4426950408889634
         slope, mask_row, bias_row = None, None, None
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + item * slopes_stride_b + head * slopes_stride_h) * 1.4426950408889634
@@ -436,9 +436,11 @@ def _attend_columns(
                 BLOCK_DV, DIM_STEP, SIGN, True, HAS_SEGMENTS, CHANGED, PRECISION,
             )  # fmt: skip
         tl.store(flags_ptr + program, flag)
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        share = tl.where(total == 0.0, 1.0, total)[:, None]
+        FULL: tl.constexpr = out_ptr.dtype.element_ty == tl.float32  # else it may be off by two units in the last place
+        out = tl.div_rn(acc, tl.broadcast_to(share, acc.shape)) if FULL else acc / share
         tl.store(outs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
-        lse = (tl.where(total == 0.0, 0.0, top) * log2_scale + tl.math.log2(total)) * 0.6931471805599453
+        lse = (tl.where(total == 0.0, 0.0, top) + tl.math.log2(total)) * 0.6931471805599453
         tl.store(lses, lse, mask=inside)
 
 

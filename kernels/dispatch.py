@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.scores import Scores, check_scores
+from sparsepass.kernels.scores import Scores, check_scores, sinks_apart, with_sinks
 from sparsepass.kernels.support import why_not
 
 __all__ = [
@@ -116,7 +116,7 @@ def block_sparse_attention(
     one of ``implementations(device)``; one asked for by name never falls back. Raises ``KernelInputError``.
     """
     check_inputs(query, key, value)
-    scores = check_scores(scores, query, key)
+    scores, by_query = sinks_apart(check_scores(scores, query, key, by_query=True))
     if implementation not in (known := implementations(query.device)):
         raise KernelInputError(
             f"implementation is {implementation!r}; accepted on {query.device.type} are {', '.join(known)}."
@@ -146,12 +146,14 @@ def block_sparse_attention(
         scores=scores,
         blocks=visible.blocks,
         skip=lists.skip,
-        return_lse=return_lse or lists.columns is not None,
+        return_lse=return_lse or lists.columns is not None or by_query is not None,
         counter=counter,
         **chosen,
     )
     if lists.columns is not None and lse is not None:
         _add_columns(query, key, value, lists, lists.columns, out, lse, scale, visible, scores, counter)
+    if by_query is not None and lse is not None:
+        out, lse = with_sinks(out, lse, by_query)
     return out, lse if return_lse else None
 
 
@@ -170,6 +172,7 @@ def kernel_name(
     scores: Scores | None = None,
 ) -> str:
     """The kernel that ``block_sparse_attention`` takes by itself: hopper, triton, native (C++) or gathered (torch)."""
+    scores, _ = sinks_apart(scores)
     if query.device.type == "cuda":
         from sparsepass.kernels import attend_hopper
 
@@ -240,7 +243,7 @@ def visible_blocks(
     0: no pair of the block is visible. 2: mask and bias hide no pair of it (the band or segments may). 1: otherwise.
     Mask and bias are read once. No host synchronization. Raises ``KernelInputError``.
     """
-    found = check_scores(scores, query, key)
+    found = check_scores(scores, query, key, by_query=True)
     if found is None or not found.hides:
         raise KernelInputError("visible_blocks is for scores with a mask or a bias; without them the band decides.")
     make: Callable[..., torch.Tensor]

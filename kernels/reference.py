@@ -141,7 +141,9 @@ def block_sparse_attention_reference(
     top = logits.amax(-1, keepdim=True)
     sink = None
     if scores is not None and scores.sinks is not None:
-        sink = scores.sinks.to(compute)[:, None, None]
+        sink = (
+            scores.sinks.to(compute)[..., None] if scores.sinks.dim() == 3 else scores.sinks.to(compute)[:, None, None]
+        )
         top = torch.maximum(top, sink)
     top = torch.where(top == float("-inf"), 0.0, top)
     weights = (logits - top).exp()

@@ -34,7 +34,7 @@ def skipped_reference(
             asks = []
             for row in mine:
                 scores = logits[item, head, row, part].tolist()
-                best = math.nan if any(map(math.isnan, scores)) else max(scores)
+                best = math.nan if any(map(math.isnan, scores)) else max(scores, default=-math.inf)
                 if best != -math.inf:
                     gap = best - met[row] - math.log(skip)  # NaN and a row that met nothing ask for the tile
                     asks.append(gap if gap == gap else math.inf)

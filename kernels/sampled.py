@@ -77,7 +77,9 @@ def kept_mass(
     rows = sampled_rows(query.shape[2], count, query.device)
     exact = exact_lse(query, key, rows, scale=scale, visible=visible, scores=scores)
     sinks = None if scores is None else scores.sinks
-    whole = exact if sinks is None else torch.logaddexp(exact, sinks.to(exact.dtype)[:, None])
+    if sinks is not None:
+        sinks = sinks[:, None] if sinks.dim() == 1 else _part(sinks[..., None], rows, 0, 1)[..., 0]
+    whole = exact if sinks is None else torch.logaddexp(exact, sinks.to(exact.dtype))
     kept = (lse.index_select(2, rows).to(exact.dtype) - whole).exp().clamp(max=1.0)  # rounding may pass 1
     return torch.where(exact == -torch.inf, torch.nan, kept).float()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Scores:
     query position)`` (ALiBi, arXiv 2108.12409), positions as for the band. ``bias``: a float type, [B or 1, H or 1, Sq
     or 1, Skv or 1], any strides, ``s += bias``; -inf hides the pair, and so does all that is at most half the type's
     least finite number, since models write masks so. ``mask``: bool of such a shape, False hides. ``sinks``: a float
-    type, [H], a logit per head that joins the softmax's sum and has no value (GPT-OSS).
+    type, [H], a logit per head that joins the softmax's sum and has no value (GPT-OSS), or one per query, [B or 1, H or
+    1, Sq or 1] (Inkling 2).
 
     A row that sees nothing gives 0 and a log-sum-exp of -inf, with a sink 0 and the sink.
     """
@@ -55,10 +56,11 @@ def hidden_at_most(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 2
 
 
-def check_scores(scores: Scores | None, query: Tensor, key: Tensor) -> Scores | None:
+def check_scores(scores: Scores | None, query: Tensor, key: Tensor, *, by_query: bool = False) -> Scores | None:
     """``scores`` in the kernels' form, None where there are none; slopes become [B or 1, H] and sinks float32.
 
-    Raises ``KernelInputError`` unless they fit query [B, H, Sq, D] and key [B, Hkv, Skv, D].
+    Raises ``KernelInputError`` unless they fit query [B, H, Sq, D] and key [B, Hkv, Skv, D]. ``by_query``: whether
+    sinks per query are taken; the kernels themselves have none (``sinks_apart``).
     """
     if scores is None or not scores.given:
         return None
@@ -86,13 +88,35 @@ def check_scores(scores: Scores | None, query: Tensor, key: Tensor) -> Scores | 
             )
         slopes = slopes.float().view(-1, heads) if slopes.dim() == 1 else slopes.float()
     if sinks is not None:
-        if tuple(sinks.shape) != (heads,) or not sinks.is_floating_point() or sinks.device != query.device:
+        own = tuple(sinks.shape)
+        fits = own == (heads,)
+        if by_query and len(own) == 3:
+            fits = own[0] in (1, batch) and own[1] in (1, heads) and own[2] in (1, q_len)
+        if not fits or not sinks.is_floating_point() or sinks.device != query.device:
+            more = f" or [{batch} or 1, {heads} or 1, {q_len} or 1]" if by_query else ""
             raise KernelInputError(
-                f"sinks is {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}; accepted is a float type [{heads}] "
-                f"on {query.device}."
+                f"sinks is {sinks.dtype} {own} on {sinks.device}; accepted is a float type [{heads}]{more} on "
+                f"{query.device}."
             )
         sinks = sinks.float()
     return Scores(softcap, slopes, scores.bias, scores.mask, sinks)
+
+
+def sinks_apart(scores: Scores | None) -> tuple[Scores | None, Tensor | None]:
+    """Checked scores as the kernels take them, and sinks per query [B or 1, H or 1, Sq or 1], for ``with_sinks``."""
+    if scores is None or scores.sinks is None or scores.sinks.dim() == 1:
+        return scores, None
+    rest = replace(scores, sinks=None)
+    return rest if rest.given else None, scores.sinks
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention ``out`` [B, H, Sq, Dv] and its log-sum-exp [B, H, Sq] after sinks [B or 1, H or 1, Sq or 1] joined.
+
+    The weights shrink by ``sum / (sum + exp(sink))``. A row that sees nothing stays 0. ``out`` is written to.
+    """
+    share = torch.where(lse == -math.inf, 0.0, torch.sigmoid(lse - sinks))  # -inf less -inf would be NaN
+    return out.mul_(share[..., None]), torch.logaddexp(lse, sinks.to(lse.dtype))
 
 
 def check_blocks(blocks: Tensor | None, query: Tensor, key: Tensor, q_block: int, kv_block: int) -> Tensor | None:

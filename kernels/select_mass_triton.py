@@ -24,13 +24,16 @@ from sparsepass.kernels.visible_triton import program_place
 @triton.jit
 def _store_scores(
     q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale, q_len,
-    kv_len, left, right, offset, blocks, kv_planes,
-    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    DIM_STEP: tl.constexpr, MASKED: tl.constexpr, HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    kv_len, least, most, row, blocks, kv_planes,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, DIM_STEP: tl.constexpr, NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query block against TILE key blocks; ``scores_ptr`` is the row's, ``k_ptr`` the KV head's.
 
-    ``q`` holds the first DIM_STEP dimensions; where those are not all, the others are loaded here.
+    ``q`` holds the first DIM_STEP dimensions; where those are not all, the others are loaded here. The first query
+    counts for the blocks whose last key is in ``least`` .. ``most``, the next one for those a key later.
+    ``log2_scale`` is not negative: NEGATIVE has the sign.
     """
     column = tile * TILE + tl.arange(0, TILE)
     at = k_ptr + column[:, None] * BLOCK_D
@@ -49,23 +52,25 @@ def _store_scores(
             )
             k = tl.load(at + dim[None, :], mask=(column < blocks)[:, None], other=0.0)
             score = tl.dot(k, tl.trans(part), score, input_precision=PRECISION)
-    score = score * log2_scale
+    if NEGATIVE:
+        score = -score
     if MASKED:
-        # A query counts where none of the block's keys lies ahead of what it sees, and at least one is within.
         last_key = tl.minimum(column * KV_BLOCK + KV_BLOCK, kv_len) - 1
-        position = token + offset
-        counts = (last_key[:, None] <= (position + right)[None, :]) & (last_key[:, None] >= (position - left)[None, :])
-        counts = counts & (column < blocks)[:, None] & (token < q_len)[None, :]
+        # By the number within the program: few values to hold.
+        own = tl.arange(0, Q_BLOCK)[None, :]
+        counts = ((last_key - most)[:, None] <= own) & ((last_key - least)[:, None] >= own)
+        counts = counts & (own < q_len - row * Q_BLOCK)
         if HAS_SEGMENTS:
             kv_low = tl.load(kv_ranges_ptr + column, mask=column < blocks, other=0)
             kv_high = tl.load(kv_ranges_ptr + kv_planes + column, mask=column < blocks, other=-1)
             counts = counts & (q_segment[None, :] >= kv_low[:, None]) & (q_segment[None, :] <= kv_high[:, None])
             counts = counts & (q_segment != -1)[None, :]
         score = tl.where(counts, score, float("-inf"))
+    # Scaled after the maximum: the scaling and the difference are then one instruction for each pair.
     top = tl.max(score, 1)
-    finite = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(score - finite[:, None]), 1)
-    score = (finite + tl.log2(total)) * 0.6931471805599453
+    top = tl.where(top == float("-inf"), 0.0, top) * log2_scale
+    total = tl.sum(tl.exp2(score * log2_scale - top[:, None]), 1)
+    score = (top + tl.log2(total)) * 0.6931471805599453
     tl.store(scores_ptr + column, score, mask=column < blocks)
 
 
@@ -99,6 +104,7 @@ def _mass_scores(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DIM_STEP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     HAS_SEGMENTS: tl.constexpr,
     HAS_Q_SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,7 +131,7 @@ def _mass_scores(
     kv_ranges_ptr += item * blocks
     k_ptr = k_means_ptr + (item * kv_heads + kv_head).to(tl.int64) * blocks * BLOCK_D
     scores_ptr += ((item * (kv_heads * group) + head).to(tl.int64) * rows + row) * blocks
-    log2_scale = scale * 1.4426950408889634
+    log2_scale = tl.abs(scale) * 1.4426950408889634
 
     first = row * Q_BLOCK + offset
     last = tl.minimum((row + 1) * Q_BLOCK, q_len) - 1 + offset
@@ -133,7 +139,11 @@ def _mass_scores(
     high = tl.minimum(last + right, kv_len - 1)
     begin = low // KV_BLOCK // TILE
     end = tl.where(low <= high, tl.maximum(high, 0) // KV_BLOCK // TILE + 1, begin)
-    # Tiles in which every query of the block counts for every key block.
+    # A query counts where none of the block's keys lies ahead of what it sees, and at least one is within: where its
+    # last key is within.
+    least = first - left
+    most = first + right
+    # Tiles in which every query counts for every key block.
     whole_begin = tl.maximum(last - left, 0) // KV_BLOCK
     whole_begin = (whole_begin + TILE - 1) // TILE
     whole_end = tl.minimum(tl.maximum(first + right + 1, 0), kv_len) // KV_BLOCK // TILE
@@ -145,37 +155,37 @@ def _mass_scores(
     for tile in range(whole_begin, whole_end):
         _store_scores(
             q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale,
-            q_len, kv_len, left, right, offset, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D, DIM_STEP,
-            False, HAS_SEGMENTS, PRECISION,
+            q_len, kv_len, least, most, row, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D,
+            DIM_STEP, NEGATIVE, False, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
     for edge in range(begin, end - (whole_end - whole_begin)):
         tile = tl.where(edge < whole_begin, edge, edge + (whole_end - whole_begin))
         _store_scores(
             q, q_base, q_stride_s, q_stride_d, q_segment, token, k_ptr, kv_ranges_ptr, scores_ptr, tile, log2_scale,
-            q_len, kv_len, left, right, offset, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D, DIM_STEP,
-            True, HAS_SEGMENTS, PRECISION,
+            q_len, kv_len, least, most, row, blocks, kv_planes, Q_BLOCK, KV_BLOCK, TILE, HEAD_DIM, BLOCK_D,
+            DIM_STEP, NEGATIVE, True, HAS_SEGMENTS, PRECISION,
         )  # fmt: skip
 
 
 class MassTile(NamedTuple):
     """Key blocks per step, warps, and stages of the load pipeline.
 
-    Two programs of a sm_90 tile fit on one SM: one takes exponentials while the other multiplies.
+    Three programs of a sm_90 tile fit on one SM: one takes exponentials while another multiplies.
     """
 
     tile: int
     num_warps: int
     num_stages: int
-    registers: int = 0
-    """Most registers a thread may use, so that more programs fit on an SM; 0: the compiler's choice."""
 
 
 def mass_tile(dtype: torch.dtype, head_dim: int, capability: tuple[int, int], segments: bool) -> MassTile:
-    """The tile for a dtype and padded head size on a CUDA target. Sized not to spill; not yet timed against others."""
+    """The tile for a dtype and padded head size on a CUDA target. Sized not to spill; timed on sm_90 alone."""
     if dtype == torch.float32:
         return MassTile(32, 8, 1)
     if head_dim > 128:
-        return MassTile(64, 8, 1 if capability[0] == 8 else 2)
+        if capability[0] == 8:
+            return MassTile(32 if segments else 64, 8, 1)
+        return MassTile(64, 8, 2)
     return MassTile(64, 8, 2) if segments else MassTile(64, 4, 2)
 
 
@@ -223,11 +233,10 @@ def mass_launch(
         "HEAD_DIM": head_dim,
         "BLOCK_D": k_means.shape[3],
         "DIM_STEP": dim_steps(head_dim, 64)[1] if q.dtype != torch.float32 else min(32, k_means.shape[3]),
+        "NEGATIVE": scale < 0,
         "HAS_SEGMENTS": kv_ranges is not None,
         "HAS_Q_SEGMENTS": has_q_segments,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.registers:
-        options["maxnreg"] = tile.registers
     return Launch(_mass_scores, (batch * heads * rows,), arguments, options), scores

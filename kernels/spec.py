@@ -51,7 +51,8 @@ class AttendTile(NamedTuple):
 
     ``edge_n`` and ``edge_stages`` are keys per step and stages where blocks need a mask; ``dim_step`` is how many
     dimensions of the scores are summed at a time. ``precision`` is how float32 is multiplied: ``tf32x3`` adds three
-    tf32 products and erred no more than ``ieee``, which leaves the matrix units idle and was four times slower.
+    tf32 products and errs less than ``ieee`` (docs/benchmarks.md), which leaves the matrix units idle and was four
+    times slower.
     """
 
     block_m: int
@@ -138,10 +139,12 @@ def attend_tile(
 def _float_tile(head_dim: int, size: int, major: int, terms: int) -> AttendTile:
     """The tile for float32: as ``attend_tile``."""
     if size == 576:
-        return AttendTile(16, 16, 8, 1, 16, 1, dim_step=32 if terms else 64, precision="ieee")
+        # ieee adds 576 products one after another, which errs most: 2.4 times dense attention's error, tf32x3 0.9.
+        precision = "ieee" if major == 10 else "tf32x3"  # which would not fit the registers there
+        return AttendTile(16, 16, 8, 1, 16, 1, dim_step=32 if terms else 64, precision=precision)
     if not terms and 128 < head_dim <= 192:
         return AttendTile(32, 32, 8, 2, 16, 1, dim_step=32, precision="ieee")
-    if 64 < head_dim < 128:  # padded sizes: three tf32 products came out at 2.03 times dense attention's error
+    if 64 < head_dim < 128:
         return AttendTile(32, 16 if terms else 32, 8, 2, 16, 1, dim_step=32, precision="ieee")
     if terms and (major, size) == (9, 128):
         return AttendTile(32, 32, 8, 2, 16, 1, dim_step=32)

@@ -69,6 +69,11 @@ def read_below(view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, k
 
 def _next(view: CanonicalGraph, node: fx.Node) -> fx.Node:
     users = view.users(node)
+    if not users and node.users:
+        raise Unclear(
+            f"nothing uses what {node.name!r} is for: this attention has no effect, and the compiler leaves it out",
+            node,
+        )
     if not users:
         raise Unclear(f"nothing uses {node.name!r}, the softmax of these scores, in this graph", node)
     if len(users) > 1:

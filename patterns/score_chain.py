@@ -185,6 +185,8 @@ def _where(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
         if number is not None and isinstance(scores, fx.Node):
             _check_hides(node, number)
             return Step(Kind.HIDE, node, condition, sign), view.resolve(scores)
+    for scores, other in ((yes, no), (no, yes)):
+        _check_known(view, node, scores, other)
     raise _not_understood(view, node)
 
 
@@ -192,6 +194,7 @@ def _masked_fill(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
     scores, mask, fill = view.ops[node].operands
     number = number_of(view.resolve(fill))
     if number is None:
+        _check_known(view, node, scores, fill)
         raise _not_understood(view, node)
     _check_hides(node, number)
     return Step(Kind.HIDE, node, mask), view.resolve(scores)
@@ -201,6 +204,19 @@ def _check_hides(node: fx.Node, number: float) -> None:
     if not number <= HIDES:
         raise Unclear(
             f"{node.name!r} puts {number:g} in the place of scores; only {HIDES:g} and less hides a key exactly", node
+        )
+
+
+def _check_known(view: CanonicalGraph, node: fx.Node, scores: Operand, fill: Operand) -> None:
+    """A buffer of the model as the fill: its value may change without the graph's."""
+    scores, fill = view.resolve(scores), view.resolve(fill)
+    single = isinstance(fill, fx.Node) and isinstance(value(fill), torch.Tensor) and not shape(fill)
+    if single and isinstance(scores, fx.Node) and leads_to_product(view, scores):
+        raise Unclear(
+            f"{node.name!r} puts {fill.name!r} in the place of scores, a tensor whose value is not known when the "
+            f"graph is compiled; a number of {HIDES:g} or less hides a key",
+            node,
+            fill,
         )
 
 

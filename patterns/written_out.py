@@ -18,6 +18,7 @@ from sparsepass.match import Attention, Match, NearMiss, Pattern, Term, same_siz
 from sparsepass.patterns.axes import Atom, Axes, Dims, NotRegrouped
 from sparsepass.patterns.below import Below, read_below
 from sparsepass.patterns.gate import with_gate
+from sparsepass.patterns.known import known_spelling
 from sparsepass.patterns.products import Product, product_of
 from sparsepass.patterns.repeat_kv import both_without_repeat
 from sparsepass.patterns.score_chain import Chain, Kind, NoProduct, Step, Unclear, node_name, read_chain
@@ -43,15 +44,21 @@ def check(match: Match) -> Attention | Skip | NearMiss:
     try:
         chain = read_chain(match.view, softmax)
     except NoProduct as unclear:
-        return NearMiss("written_out", 0, unclear.reason, unclear.nodes)
+        known = known_spelling(match.view, softmax, unclear.reason)
+        return Skip(known, unclear.nodes) if known else NearMiss("written_out", 0, unclear.reason, unclear.nodes)
     except Unclear as unclear:
-        return Skip(unclear.reason, unclear.nodes)
+        return _refused(match.view, softmax, unclear.reason, unclear.nodes)
     try:
         return _Assembly(match, softmax, chain).run()
     except Unclear as unclear:
-        return Skip(unclear.reason, unclear.nodes)
+        return _refused(match.view, softmax, unclear.reason, unclear.nodes)
     except NotRegrouped as moved:
-        return Skip(f"the dimensions of this attention are not followed: {moved}", (softmax.name,))
+        reason = f"the dimensions of this attention are not followed: {moved}"
+        return _refused(match.view, softmax, reason, (softmax.name,))
+
+
+def _refused(view: CanonicalGraph, softmax: fx.Node, reason: str, nodes: tuple[str, ...]) -> Skip:
+    return Skip(known_spelling(view, softmax, reason) or reason, nodes)
 
 
 class _Assembly:
@@ -162,13 +169,13 @@ class _Assembly:
 
     def _check_inside(self, below: Below) -> None:
         inside = self._inside() | below.inside
-        for node in inside - {below.output}:
+        for node in sorted(inside - {below.output}, key=self.view.order.__getitem__):
             for user in self.view.users(node):
                 if user not in inside:
                     raise Unclear(used_outside(node, user), node, user)
 
     def _inside(self) -> set[fx.Node]:
-        found = {self.softmax, self.chain.product}
+        found = {self.softmax, *self.view.parts.get(self.softmax, ()), self.chain.product}
         for step in self.chain.steps:
             found |= {step.node, *step.also}
         return found
@@ -222,7 +229,7 @@ class _Assembly:
             scale=scale,
             masks=terms,
             softcap=softcap,
-            sinks=self._sinks(below, tuple(heads)),
+            sinks=self._sinks(below, groups),
             restore=restore,
             dropout_p=below.dropout_p,
             region=frozenset(self._inside() | below.inside | {output}),
@@ -287,7 +294,8 @@ class _Assembly:
             return term
         return self._made(term, self.axes.steps(seen, whole, fill=False))
 
-    def _sinks(self, below: Below, heads: tuple[Atom, ...]) -> Operand | None:
+    def _sinks(self, below: Below, groups: Dims) -> Operand | None:
+        """[H], or [B or 1, H or 1, Sq or 1] where they are computed; ``groups``: the atoms of batch, heads, queries."""
         if below.sink is not None:
             operand, dims = below.sink
         elif self.reading.sink is not None:
@@ -296,12 +304,10 @@ class _Assembly:
         else:
             return None
         source, kept = self._unexpanded(operand, self.axes.of(dims)[len(dims) - len(shape(operand)) :])
-        if any(atom not in heads for dim in kept for atom in dim):
-            raise Unclear(
-                f"the sinks {operand.name!r} differ from query to query or from row to row; one per head is supported",
-                operand,
-            )
-        sinks = self._made(source, self.axes.steps(kept, (heads,)))
+        by_head = all(atom in groups[1] for dim in kept for atom in dim)
+        sinks = self._made(
+            source, self.axes.steps(kept, (groups[1],)) if by_head else self.axes.steps(kept, groups, fill=False)
+        )
         return sinks if not self.reading.constant else self.maker.call(torch.sub, sinks, self.reading.constant)
 
     def _unexpanded(self, operand: Operand, dims: Dims) -> tuple[Operand, Dims]:

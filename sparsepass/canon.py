@@ -110,6 +110,10 @@ for _name, _targets in {
     "masked_fill": _MASKED_FILL,
     "cat": (torch.cat, torch.concat, torch.concatenate),
     "softmax": _SOFTMAX,
+    "log_softmax": (F.log_softmax, torch.log_softmax, torch.special.log_softmax, "log_softmax"),
+    "logsumexp": (torch.logsumexp, torch.special.logsumexp, "logsumexp"),
+    "exp": (torch.exp, "exp", "exp_"),
+    "sum": (torch.sum, "sum"),
     "transpose": _TRANSPOSE,
     "permute": _PERMUTE,
     "unsqueeze": _UNSQUEEZE,
@@ -232,6 +236,19 @@ def _softmax(node: fx.Node) -> Op:
     return Op("softmax", (source,), (("dim", _axis(_argument(node, 1, "dim"), _rank(source))),))
 
 
+def _reduced(name: str) -> Callable[[fx.Node], Op]:
+    """A reduction over one dimension that stays, with size 1; any other is none that a softmax is written with."""
+
+    def build(node: fx.Node) -> Op:
+        source, dim = _argument(node, 0, "input"), _argument(node, 1, "dim", node.kwargs.get("axis"))
+        dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+        if not isinstance(dim, int) or _argument(node, 2, "keepdim", False) is not True:
+            return _opaque(node)
+        return Op(name, (source,), (("dim", _axis(dim, _rank(source))),))
+
+    return build
+
+
 def _transpose(node: fx.Node) -> Op:
     source = _argument(node, 0, "input")
     axes = [_axis(_argument(node, i, name), _rank(source)) for i, name in ((1, "dim0"), (2, "dim1"))]
@@ -292,6 +309,10 @@ _BUILDERS: dict[str, Callable[[fx.Node], Op]] = {
     "reshape": _reshape,
     "div": _div,
     "softmax": _softmax,
+    "log_softmax": lambda node: Op("log_softmax", _softmax(node).operands, _softmax(node).params),
+    "logsumexp": _reduced("logsumexp"),
+    "exp": _named("exp", "input"),
+    "sum": _reduced("sum"),
     "transpose": _transpose,
     "permute": _permute,
     "dropout": _dropout,
@@ -345,6 +366,8 @@ class CanonicalGraph:
     """Nodes that write to memory, in order."""
     read_writes: set[fx.Node] = field(default_factory=set)
     """Those of them that are read as operations of their own."""
+    parts: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    """By a node that stands for several (a softmax written out): the others."""
 
     def __post_init__(self) -> None:
         self._source: dict[fx.Node, fx.Node] = {}
@@ -360,7 +383,7 @@ class CanonicalGraph:
                 self.writes.append(node)
                 op = self._write(node, op)
             op = Op(op.name, tuple(self._now(operand) for operand in op.operands), op.params)
-            self.ops[node] = op
+            self.ops[node] = self._softmax_written_out(node, op) if op.name in ("exp", "div") else op
             if node in self.read_writes:
                 memory = self._memory_of(node.args[0])
                 self._memory[node] = memory
@@ -396,6 +419,34 @@ class CanonicalGraph:
             return _opaque(node)
         self.read_writes.add(node)
         return op
+
+    def _softmax_written_out(self, node: fx.Node, op: Op) -> Op:
+        """``exp(x - logsumexp(x))``, ``exp(log_softmax(x))`` and ``exp(x) / sum(exp(x))``, which are softmax(x).
+
+        The sums keep their dimension. Anything else stays what it is.
+        """
+        found = [self.resolve(operand) for operand in op.operands]
+        above = [self.ops[one] if isinstance(one, fx.Node) else None for one in found]
+        if op.name == "exp" and above[0] is not None:
+            if above[0].name == "log_softmax":
+                return self._composed(node, above[0], above[0].operands[0], found[0])
+            if above[0].name == "sub":
+                scores, total = (self.resolve(operand) for operand in above[0].operands)
+                if self._reduces(total, "logsumexp", scores):
+                    return self._composed(node, self.ops[total], scores, found[0], total)
+        weights = op.name == "div" and above[0] is not None and above[0].name == "exp"
+        if weights and self._reduces(found[1], "sum", found[0]):
+            return self._composed(node, self.ops[found[1]], self.ops[found[0]].operands[0], found[0], found[1])
+        return op
+
+    def _reduces(self, node: Operand, name: str, source: Operand) -> bool:
+        """Whether ``node`` reduces ``source`` by the operation ``name``."""
+        op = self.ops.get(node) if isinstance(node, fx.Node) else None
+        return op is not None and op.name == name and self.resolve(op.operands[0]) is source
+
+    def _composed(self, node: fx.Node, sums: Op, scores: Operand, *parts: fx.Node) -> Op:
+        self.parts[node] = parts
+        return Op("softmax", (scores,), sums.params)
 
     def _is_view(self, node: fx.Node) -> bool:
         return self.ops[node].name in _VIEWS and node in self.live

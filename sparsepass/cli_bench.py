@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from sparsepass.auto.command import COMMANDS as AUTO
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.commands import COMMANDS
 from sparsepass.bench.options import make, specs, spread
@@ -25,9 +26,13 @@ bench_app = typer.Typer(
 )
 
 
+auto_app = typer.Typer(no_args_is_help=True, help="Budgets that read the request: collect signals, fit, compare.")
+
+
 def add_commands(app: typer.Typer) -> None:
-    """Adds ``bench``, ``tune``, ``coverage``, ``calibrate`` and ``evaluate`` to the command line."""
+    """Adds ``bench``, ``tune``, ``coverage``, ``calibrate``, ``evaluate`` and ``auto`` to the command line."""
     app.add_typer(bench_app, name="bench")
+    app.add_typer(auto_app, name="auto")
     add_command(app, TUNE)
     add_command(app, COVERAGE)
     add_command(app, CALIBRATE)
@@ -80,6 +85,8 @@ def _function(options: type[Any], run: Callable[[Any], int]) -> Callable[..., No
 
 for _command in COMMANDS:
     add_command(bench_app, _command)
+for _command in AUTO:
+    add_command(auto_app, _command)
 
 _RESULT = typer.Argument(help="JSON file that a bench command wrote with --out.")
 

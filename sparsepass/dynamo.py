@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 
 log = logging.getLogger("sparsepass")
 
@@ -177,7 +178,9 @@ def clone(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     for original, copy in copies.items():
         if hasattr(original, "_dynamo_source"):
             copy._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
-    twin = fx.GraphModule(gm, graph, type(gm).__name__)
+    # Lazily, as Dynamo makes its own: Python code for the copy is written when it is called or printed, which Inductor
+    # does neither. It would take half the time of the whole pass, twice.
+    twin: fx.GraphModule = _make_graph_module(gm, graph, type(gm).__name__)
     twin.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(gm, name):

@@ -24,6 +24,9 @@ from sparsepass.types import Rows, TaskClass
 NODE_KEY = "sparsepass_task"
 """A hint given inside a compiled region is ``node.meta["custom"][NODE_KEY]``: its text, as ``hint_text`` writes it."""
 
+AUTO = "auto"
+"""Not a class: the request is read, by a model that ``sparsepass.auto.attach`` prepared."""
+
 Level = Literal["low", "high"]
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
@@ -76,6 +79,11 @@ def resolve_hint(hint: Hint) -> TaskClass:
         return hint.task_class
     if isinstance(hint, str):  # TaskClass is a str too
         found = _BY_NAME.get(str(hint))
+        if found is None and str(hint) == AUTO:
+            raise HintError(
+                "The hint 'auto' is read by sparsepass.task alone, for the whole batch: with task(\"auto\"). "
+                "It decides row by row."
+            )
         if found is None:
             raise HintError(f"Unknown task hint {str(hint)!r}. {close_names(str(hint), _BY_NAME)}")
         return found
@@ -130,8 +138,12 @@ class _Frame:
     """One entered hint and those around it. Frames are immutable, so a context that was copied keeps its own."""
 
     hint: TaskClass | Rows
+    """Under ``auto``: the least cautious hint that it may decide for, the hardest class if none was given."""
     outer: _Frame | None
     scope: object
+    auto: bool = False
+    bounded: bool = True
+    """Under ``auto``: whether a hint was given beside it."""
 
 
 _current: ContextVar[_Frame | None] = ContextVar("sparsepass_task", default=None)
@@ -150,6 +162,21 @@ def current_hint() -> TaskClass | Rows | None:
     """As ``current_task``, but ``None`` where no hint is in force: a region's own default may then hold."""
     frame = _current.get()
     return None if frame is None else frame.hint
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """``auto`` in force. ``at_most``: the hint that bounds it; None where none was given."""
+
+    at_most: TaskClass | Rows | None
+
+
+def current_auto() -> Auto | None:
+    """What bounds ``task("auto")``, where that is the innermost hint in force; else None."""
+    frame = _current.get()
+    if frame is None or not frame.auto:
+        return None
+    return Auto(frame.hint if frame.bounded else None)
 
 
 class TaskScope(Protocol):
@@ -186,13 +213,62 @@ class _EagerScope:
         return f"sparsepass.task({_given(self.hint)!r})"
 
 
-def task(hint: Hints) -> TaskScope:
+class _AutoScope(_EagerScope):
+    """Holds ``auto`` over a block, bounded by ``at_most`` or else by the hint around it."""
+
+    def __init__(self, at_most: TaskClass | Rows | None) -> None:
+        super().__init__(TaskClass.UNKNOWN if at_most is None else at_most)
+        self.bounded = at_most is not None
+
+    def __enter__(self) -> TaskClass | Rows:
+        outer = _current.get()
+        around = outer is not None and outer.bounded and not self.bounded
+        hint = outer.hint if outer is not None and around else self.hint
+        _current.set(_Frame(hint, outer, self, auto=True, bounded=self.bounded or around))
+        return hint
+
+    def __call__(self, fn: _Fn, /) -> _Fn:
+        if inspect.isclass(fn) or not callable(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise HintError(
+                f"{self!r} decorates functions and coroutine functions, and was given {fn!r}; enter it inside, around "
+                "the call of the model."
+            )
+        wrapper: Any
+        if inspect.iscoroutinefunction(fn):
+
+            async def held_coroutine(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return await fn(*args, **kwargs)
+
+            wrapper = held_coroutine
+        else:
+
+            def held(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return fn(*args, **kwargs)
+
+            wrapper = held
+        wrapped: Any = functools.wraps(fn)(wrapper)
+        return wrapped  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"sparsepass.task({AUTO!r}" + (f", at_most={_given(self.hint)!r})" if self.bounded else ")")
+
+
+def task(hint: Hints, *, at_most: Hints = None) -> TaskScope:
     """Say what the request is: ``with task("single_qa"): ...`` or ``@task("single_qa")``.
 
     ``hint`` is a class name (``single_qa``, ``multi_qa``, ``multi_hop``, ``aggregation``, ``dense``, ``unknown``), a
     ``TaskHint``, a ``TaskClass``, or ``None`` for the hardest class. A list or tuple of these is one hint per row of
     the batch; a batch of another size is then a ``HintError`` when the model is called. The inner of two nested hints
-    counts. As a decorator it takes functions, coroutine functions and (asynchronous) generator functions; the hint
+    counts.
+
+    ``"auto"`` reads the request: a model prepared by ``sparsepass.auto.attach`` tries a cheap prefill and repeats a
+    denser one where that fell short. A hint around it, or ``at_most``, bounds it: it then begins with that hint's
+    budgets, never with sparser ones. On any other model it means no more than the hint that bounds it, or no hint; a
+    sparse graph then warns once.
+
+    As a decorator it takes functions, coroutine functions and (asynchronous) generator functions; the hint
     holds while the function's own code runs, not while its caller handles a yielded value. Raises ``HintError`` right
     here.
 
@@ -202,9 +278,16 @@ def task(hint: Hints) -> TaskScope:
     """
     import torch  # not at import: hints are read by tools that run no model
 
+    auto = isinstance(hint, str) and str(hint) == AUTO
+    if at_most is not None and not auto:
+        raise HintError(f"at_most={at_most!r} is given beside the hint {hint!r}; it bounds 'auto' alone.")
     if torch.compiler.is_compiling():
+        if auto:
+            raise HintError("The hint 'auto' is given inside a compiled region; enter it around the call of the model.")
         traced: TaskScope = _traced_scope(hint_text(resolve_hints(hint)))
         return traced
+    if auto:
+        return _AutoScope(None if at_most is None else resolve_hints(at_most))
     return _EagerScope(resolve_hints(hint))
 
 

@@ -59,7 +59,7 @@ class Attention:
     dropout_p: float = 0.0
     softcap: float | None = None
     sinks: Operand | None = None
-    """A float tensor [H]: logits that join each row's softmax and have no value."""
+    """A float tensor [H], or [B or 1, H or 1, Sq or 1]: logits that join each row's softmax and have no value."""
     restore: tuple[tuple[Any, ...], ...] = ()
     """Calls from [B, H, Sq, Dv] to what ``output`` yields, each (method or function, arguments...)."""
     region: frozenset[fx.Node] = frozenset()
@@ -174,7 +174,7 @@ class _Search:
         self.unify(own[0], anchor)
         self.descend(own[0], anchor)
         output = self.nodes[self.form.output]
-        inside = set(self.nodes.values())
+        inside = {part for node in self.nodes.values() for part in (node, *self.view.parts.get(node, ()))}
         for node in inside - {output}:
             outside = [user for user in self.view.users(node) if user not in inside]
             if outside:

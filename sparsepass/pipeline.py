@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import warnings
@@ -16,7 +17,7 @@ from sparsepass import counters, crossover, dynamo, record, watch
 from sparsepass import options as options_module
 from sparsepass.canon import value
 from sparsepass.fingerprint import warn_of_sites
-from sparsepass.hints import hint_words
+from sparsepass.hints import current_auto, hint_words
 from sparsepass.inline import written_out
 from sparsepass.ops import prepare
 from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
@@ -129,6 +130,8 @@ class CompiledGraph:
         if self._wanted is None:
             return self.compiled(*args, *(source.make(TaskClass.UNKNOWN, args) for source in self._row_sources))
         hint = self.settings.wanted()
+        if current_auto() is not None:
+            _warn_of_auto()
         if isinstance(hint, tuple):
             for batch in self._batches:
                 check_rows(hint, batch(args))
@@ -181,6 +184,17 @@ class CompiledGraph:
             f"{len(self.findings.refused)} refused; task {hint_words(current.task)}, bucket {current.bucket}, "
             f"plan {current.key!r}, guards {list(self.guards)}, {self.compile_seconds:.1f} s"
         )
+
+
+@functools.cache
+def _warn_of_auto() -> None:
+    """Once in a process."""
+    warnings.warn(
+        'sparsepass.task("auto") is in force, but this model reads no requests: it runs under the hint around auto, or '
+        "as without a hint. Prepare it with sparsepass.auto.attach(model, router).",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _rewrite(

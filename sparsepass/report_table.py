@@ -205,9 +205,14 @@ def _refusals(refused: Iterable[Skip]) -> list[str]:
         folded.setdefault(without_number(skip.reason), []).append(skip)
     return [
         (f"{skips[0].reason}" if len(skips) == 1 else f"x{len(skips)}, for instance: {skips[0].reason}")
-        + (f" [{', '.join(skips[0].nodes)}]" if skips[0].nodes else "")
+        + (f" [{_where(skips[0])}]" if skips[0].nodes else "")
         for skips in folded.values()
     ]
+
+
+def _where(skip: Skip) -> str:
+    """The module and the nodes, which are named after variables in its code."""
+    return (f"module {skip.module}: " if skip.module else "") + ", ".join(skip.nodes)
 
 
 def _near_misses(sites: Iterable[SiteReport]) -> list[str]:

@@ -20,6 +20,7 @@ from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
 """Attention over fewer is left alone: there is no block to leave out."""
+TOO_FEW = "too few to be tokens (layers, streams, patches of one window)"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) ->
         if isinstance(outcome, Attention):
             matched.append(outcome)
         elif isinstance(outcome, Skip) or _looks_like_attention(view, node):
-            refused.append(Skip(str(outcome.reason), (node.name, *outcome.nodes)))
+            nodes = tuple(dict.fromkeys((node.name, *outcome.nodes)))
+            refused.append(Skip(str(outcome.reason), nodes, _module_path(node)))
     matched.sort(key=lambda attention: view.order[attention.output])  # what is made for one serves those after it
     sites = [_describe(index, attention, masks, view) for index, attention in enumerate(matched)]
     return Findings(tuple(sites), tuple(refused), view)
@@ -96,9 +98,7 @@ def _too_few(attention: Attention) -> Skip | None:
     if not isinstance(keys, int) or keys >= FEWEST_KEYS or (isinstance(rows, int) and rows == 1):
         return None
     name = attention.output.name
-    return Skip(
-        f"{name!r} attends to {keys} entries, too few to be tokens (layers, streams, patches of one window)", (name,)
-    )
+    return Skip(f"{name!r} attends to {keys} entries, {TOO_FEW}", (name,))
 
 
 def _write_inside(view: CanonicalGraph, attention: Attention) -> fx.Node | None:

@@ -126,10 +126,14 @@ class LengthBucket:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Why a site stays as it is. ``reason`` is a full sentence for the user; ``nodes`` names the graph nodes meant."""
+    """Why a site stays as it is. ``reason`` is a full sentence for the user; ``nodes`` names the graph nodes meant.
+
+    ``module``: path of the module whose code made the first of them, where it is known (``layers.3.self_attn``).
+    """
 
     reason: str
     nodes: tuple[str, ...] = ()
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True)

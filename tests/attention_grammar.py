@@ -123,6 +123,12 @@ MASKS: dict[str, Step] = {
     "documents": lambda s, t: s + additive(t.seen != t.seen.mT),
     "constant": lambda s, t: s + 3.0,
 }
+
+
+def over_sum(weights: T) -> T:
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
 SOFTMAXES: dict[str, Callable[[T], T]] = {
     "function": lambda s: F.softmax(s, dim=-1),
     "typed": lambda s: F.softmax(s, dim=-1, dtype=torch.float32).to(s.dtype),
@@ -132,13 +138,23 @@ SOFTMAXES: dict[str, Callable[[T], T]] = {
     "less_amax": lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1),
     "float": lambda s: s.float().softmax(dim=-1).type_as(s),
     "module": lambda s: torch.nn.Softmax(dim=-1)(s),
+    "less_logsumexp": lambda s: torch.exp(s - torch.logsumexp(s, dim=-1, keepdim=True)),
+    "log_softmax": lambda s: F.log_softmax(s, dim=-1).exp(),
+    "over_sum": lambda s: over_sum(torch.exp(s - s.amax(dim=-1, keepdim=True))),
     "merged": lambda s: F.softmax(s.view(BATCH * HEADS, LENGTH, -1), -1).view(BATCH, HEADS, LENGTH, -1),
 }
 
 
-def with_sinks(s: T, t: Tensors, softmax: Callable[[T], T]) -> T:
-    sinks = t.sinks.reshape(1, -1, 1, 1).expand(BATCH, -1, LENGTH, -1)
-    return softmax(torch.cat([s, sinks], dim=-1))[..., :-1]
+SINKS: dict[str, Callable[[Tensors], T]] = {
+    "head": lambda t: t.sinks.reshape(1, -1, 1, 1).expand(BATCH, -1, LENGTH, -1),
+    "query": lambda t: t.q[..., :1],
+    "item": lambda t: t.q[:, :1, :1, :1].expand(-1, HEADS, LENGTH, -1),
+    "query_of_every_head": lambda t: t.q[:, :1, :, :1].expand(-1, HEADS, -1, -1),
+}
+
+
+def with_sinks(s: T, t: Tensors, sinks: str, softmax: Callable[[T], T]) -> T:
+    return softmax(torch.cat([s, SINKS[sinks](t)], dim=-1))[..., :-1]
 
 
 AFTER: dict[str, Callable[[T], T]] = {
@@ -166,7 +182,7 @@ class Spelling:
     cap: str | None = None
     masks: tuple[str, ...] = ()
     softmax: str = "function"
-    sinks: bool = False
+    sinks: str | None = None
     after: str = "nothing"
     values: str = "matmul"
     repeat: str | None = None
@@ -186,7 +202,7 @@ class Spelling:
         for step in [*steps, *masks] if self.scale_first or self.cap is not None else [*masks, *steps]:
             s = step(s, t)
         softmax = SOFTMAXES[self.softmax]
-        p = with_sinks(s, t, softmax) if self.sinks else softmax(s)
+        p = with_sinks(s, t, self.sinks, softmax) if self.sinks else softmax(s)
         return VALUES[self.values](AFTER[self.after](p), v)
 
 
@@ -203,7 +219,7 @@ def spellings() -> st.SearchStrategy[Spelling]:
         cap=st.one_of(st.none(), st.sampled_from(list(CAPS))),
         masks=st.lists(st.sampled_from(list(MASKS)), max_size=2, unique=True).map(tuple),
         softmax=st.sampled_from(list(SOFTMAXES)),
-        sinks=st.booleans(),
+        sinks=st.one_of(st.none(), st.sampled_from(list(SINKS))),
         after=st.sampled_from(list(AFTER)),
         values=st.sampled_from(list(VALUES)),
         repeat=st.one_of(st.none(), st.sampled_from(list(REPEATS))),

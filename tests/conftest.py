@@ -17,13 +17,16 @@ os.environ.setdefault("SPARSEPASS_TUNING", "off")  # what was measured on this m
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no CUDA device, and run the slow tests last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no CUDA device. Run the slow tests last; first where processes share the tests."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    shared = hasattr(config, "workerinput")  # set in a process of pytest-xdist
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None) == shared)
+    if shared:
+        items.sort(key=lambda item: item.get_closest_marker("longest") is None)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from tests.attention_grammar import (
     PRODUCTS,
     REPEATS,
     SCALES,
+    SINKS,
     SOFTMAXES,
     VALUES,
     Spelling,
@@ -81,7 +82,8 @@ def test_every_spelling_alone(axis: str) -> None:
     if axis == "masks":
         check([Spelling(masks=(name,)) for name in MASKS])
     elif axis == "sinks":
-        check([Spelling(sinks=True, softmax=name) for name in SOFTMAXES if name != "merged"])
+        check([Spelling(sinks="head", softmax=name) for name in SOFTMAXES if name != "merged"])
+        check([Spelling(sinks=name) for name in SINKS])
     else:
         choices: list[dict[str, Any]] = [{axis: name} for name in AXES[axis]]
         check([Spelling(**choice) for choice in choices])
@@ -181,9 +183,15 @@ def over_layers(t: Tensors) -> T:
     return torch.matmul(F.softmax(scores, dim=-1), states)
 
 
-def sink_by_query(t: Tensors) -> T:
-    scores = torch.matmul(t.q, t.k.transpose(2, 3))
-    return torch.matmul(F.softmax(torch.cat([scores, t.q[..., :1]], -1), dim=-1)[..., :-1], t.v)
+def sums_over_queries(t: Tensors) -> T:
+    scores = torch.matmul(t.q, t.k.transpose(2, 3)) * 0.25
+    return torch.matmul(torch.exp(scores - torch.logsumexp(scores, dim=-2, keepdim=True)), t.v)
+
+
+def sum_used(t: Tensors) -> T:
+    scores = torch.matmul(t.q, t.k.transpose(2, 3)) * 0.25
+    total = torch.logsumexp(scores, dim=-1, keepdim=True)
+    return torch.matmul(torch.exp(scores - total), t.v) + total
 
 
 def sink_that_stays(t: Tensors) -> T:
@@ -218,7 +226,8 @@ NEAR_MISSES: dict[Callable[[Tensors], T], str] = {
     filled_with_zero: "puts 0 in the place of scores",
     negative_scale: "a scale is above 0",
     over_layers: "too few to be tokens",
-    sink_by_query: "one per head is supported",
+    sums_over_queries: "sums the values over another",
+    sum_used: "is also used by",
     sink_that_stays: "changes the probabilities",
 }
 

@@ -22,7 +22,14 @@ from sparsepass.coverage.inputs import Call, Phase, phases_of
 from sparsepass.coverage.measure import measure
 from sparsepass.coverage.own import checkpoint_kind, own_model
 from sparsepass.coverage.progress import Progress
-from sparsepass.coverage.reasons import CAPTURED_OTHERWISE, HIDDEN_ROWS, NOTHING_LEFT_OUT, general
+from sparsepass.coverage.reasons import (
+    CAPTURED_LESS,
+    CAPTURED_OTHERWISE,
+    HIDDEN_ROWS,
+    NOT_SEEN,
+    NOTHING_LEFT_OUT,
+    general,
+)
 from sparsepass.coverage.run import BEGIN, END, SAMPLE, CoverageOptions, tasks
 from sparsepass.coverage.store import Sweep, merged
 from sparsepass.coverage.tables import markdown, text
@@ -425,23 +432,17 @@ def test_a_task_past_its_limit_is_recorded() -> None:
     assert [one["error"] for one in found] == ["took longer than 0.5 s"]
 
 
-SHARE = {
-    ("llama", "sdpa"): 1.0,
-    ("qwen3", "eager"): 1.0,
-    ("gemma2", "eager"): 0.0,
-    ("gpt2", "eager"): 0.0,
-    ("opt", "sdpa"): 1.0,
-    ("bert", "eager"): 1.0,
-    ("t5", "eager"): 0.0,
-    ("vit", "sdpa"): 1.0,
-}
-"""Share of the sites that is rewritten at least, in prefill and padded prefill. Raise these as the patterns grow."""
+SAMPLED = (
+    *(("llama", "sdpa"), ("qwen3", "eager"), ("gemma2", "eager"), ("gpt2", "eager"), ("opt", "sdpa")),
+    *(("bert", "eager"), ("t5", "eager"), ("vit", "sdpa")),
+)
+"""All their sites are rewritten, in prefill and padded prefill."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "attn"), SHARE)
+@pytest.mark.parametrize(("arch", "attn"), SAMPLED)
 def test_sample(arch: str, attn: str) -> None:
-    check(arch, attn, SHARE[arch, attn])
+    check(arch, attn)
 
 
 @pytest.mark.slow
@@ -456,13 +457,13 @@ def test_every_architecture(tmp_path: Path) -> None:
         accounted(found)
 
 
-def check(arch: str, attn: str, share: float) -> None:
+def check(arch: str, attn: str) -> None:
     kind = next(task.kind for task in tasks(CoverageOptions(sample=True)) if task.arch == arch)
     phases = [phase for phase in phases_of(kind) if phase is not Phase.DECODE]
     for found in records_of(Task(kind, arch, tuple((attn, phase) for phase in phases), LENGTH)):
         assert "error" not in found, found
         assert found["sites"] > 0, found
-        assert found["rewritten"] >= share * found["sites"], found
+        assert found["rewritten"] == found["sites"], found
         assert found["equal"], found
         accounted(found)
 
@@ -471,3 +472,4 @@ def accounted(found: dict[str, Any]) -> None:
     if "error" not in found and found["phase"] != "decode":
         assert found["rewritten"] + sum(found["reasons"].values()) >= found["sites"], found
         assert all(found["reasons"]), found
+        assert not {CAPTURED_LESS, NOT_SEEN} & set(found["reasons"]), "a reason that says nothing about the model"

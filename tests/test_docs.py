@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sparsepass
+from examples import unmatched_site
 from sparsepass import options
 from sparsepass.cli import app
 from sparsepass.types import TaskClass
@@ -154,3 +155,17 @@ def test_tables_of_curves_and_lines_say_what_was_measured() -> None:
     line |= {"constant_as_density": 0.0038, "largest_residual": 0.02}
     table = module.density_fit({"environment": environment, "level": 0.95, "lines": [line]})
     assert "| 32K | auto | 13 ms (12.9 to 13.1) | 0.05 ms (0.01 to 0.09) | 0.0038 | 2.0% |" in table
+
+
+def test_the_report_with_an_unmatched_site_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """All but what changes from machine to machine: times, memory, versions, the kernel."""
+
+    def lasting(printed: str) -> list[str]:
+        printed = re.sub(r"peak memory [\d.]+ \w+|compiled in [\d.]+ s|'[0-9a-f]{12}'|\w+ kernel", "", printed)
+        named = re.sub(r" - Where sparse pays:.*?(?=Notes:)", "", " ".join(printed.split()))
+        return named.split(" x86_64, python")[0].split()
+
+    unmatched_site.main([])
+    document = text_of(ROOT / "docs" / "troubleshooting.md")
+    _, shown = re.findall(r"^```\n(.*?)^```", document.split("## A site that no pattern matched")[1], re.M | re.S)[:2]
+    assert lasting(capsys.readouterr().out) == lasting(shown)

@@ -30,6 +30,7 @@ SMALL = {
         "answers.png",
     ],
     "decorator": ["--length", "300"],
+    "guard": ["--length", "256", "--requests", "1", "--calibrate", "1"],
     "demo": ["--lengths", "200", "1100", "--hints", "single_qa", "none", "--layers", "1", "--repeats", "1"],
     "mixed_batch": ["--length", "1100", "--always-sparse"],
     "own_kernel_test": ["--length", "40", "--device", "cpu"],
@@ -39,12 +40,14 @@ SMALL = {
     "own_policy": ["--length", "1100", "--always-sparse"],
     "quickstart": ["--length", "1100", "--always-sparse", "--new-tokens", "2"],
     "serving_hints": ["--length", "1100", "--always-sparse"],
+    "unmatched_site": [],
     "watch_hints": ["--length", "2100", "--always-sparse", "--floor", "0.99"],
 }
 EXPECTED = {
     "answers": ["Right answers by task and hint, 256 tokens", "multi_hop under multi_hop:", "Picture: answers.png"],
     "decorator": ["function, by its own task:", "class:"],
     "demo": ["Dense Inductor against sparsepass", "1100", "Dense at 200 tokens, single_qa"],
+    "guard": ["Requests in their order, all with the hint single_qa", "with repeats", "False alarms: 0 of 1"],
     "mixed_batch": ["1 graphs", "0 new graphs", "alone: True", "refused: 4 task hints for a batch of 3 rows"],
     "own_kernel_test": [
         "Right. my_kernel: passed",
@@ -63,6 +66,7 @@ EXPECTED = {
     "own_policy": ["at /rules/0/budget", "Did you mean 'density'", "1x pooled_topk(density=0.14)"],
     "quickstart": ["2 sparse (density", "2x pooled_topk(density=0.4)", "2 new tokens"],
     "serving_hints": ["threads: 6 requests", "asyncio: 6 requests", "that of its own hint: True"],
+    "unmatched_site": ["2 sparse (density", "1 not matched", "the scores are scaled by 'norm', which is computed from"],
     "watch_hints": ["request 5: logits differ", "After call 1: single_qa runs", "single_qa now runs as: dense"],
 }
 

@@ -33,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "monitor_table",
         "bench",
         "calibrate",
+        "auto",
         "tune coverage",
         "cli_bench",
         "cli",
@@ -88,7 +89,7 @@ FILES = [
     for folder in (
         *("sparsepass", "sparsepass/bench", "sparsepass/coverage", "sparsepass/methods", "sparsepass/testing"),
         *("sparsepass/tasks", "sparsepass/tasks/text", "sparsepass/tasks/tokens", "sparsepass/testbed"),
-        *("sparsepass/tune", "sparsepass/calibrate"),
+        *("sparsepass/tune", "sparsepass/calibrate", "sparsepass/auto"),
         *("kernels", "patterns"),
     )
     for path in sorted((ROOT / folder).glob("*.py"))

@@ -92,4 +92,4 @@ def test_a_tools_log_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_launch_of_the_sources_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("sanitize", monkeypatch)
-    assert {"attend", "attend_hopper", "_select", "_lists_from_scores", "_attend_columns"} <= module.every_kernel()
+    assert {"attend", "attend_hopper", "_select", "_lists_by_coverage", "_attend_columns"} <= module.every_kernel()

@@ -11,6 +11,7 @@ from sparsepass.errors import KernelInputError
 from sparsepass.kernels.dispatch import BlockLists, Visible
 from sparsepass.kernels.dispatch_select import select_pooled_topk
 from sparsepass.testing import (
+    CONCENTRATED,
     Case,
     StructuredInputs,
     attention_error,
@@ -81,6 +82,21 @@ def test_shares_are_those_asked_for(made: StructuredInputs) -> None:
     top = weights.topk(400, dim=-1).values.sum(-1).mean(-1)
     assert float(top[~focused].max()) < 0.4
     assert float(top[focused].min()) > 0.7
+
+
+def test_concentrated_inputs_need_fewer_blocks(mass: Tensor) -> None:
+    x = structured_inputs(
+        **{**CONCENTRATED, "diffuse": 1 / 3},  # type: ignore[arg-type]
+        heads=6, kv_heads=2, length=4096, head_dim=64, dtype=torch.float32, device=DEVICE, seed=3,
+    )  # fmt: skip
+    held = block_mass(x.query, x.key, scale=x.scale, visible=CAUSAL, block=BLOCK)
+
+    def needed(found: Tensor) -> float:
+        """Blocks that hold nine tenths of a row's mass, over the heads that are not diffuse."""
+        best = found[0, ~x.diffuse, 32:].sort(-1, descending=True).values
+        return float(((best.cumsum(-1) < 0.9 * best.sum(-1, keepdim=True)).sum(-1) + 1).double().mean())
+
+    assert needed(held) < 0.6 * needed(mass)
 
 
 def test_topics_recur(made: StructuredInputs) -> None:
@@ -165,6 +181,7 @@ def test_attention_error() -> None:
         ({"head_dim": 8}, "at least 1, 16 and 1"),
         ({"sink": 0.5, "local": 0.5}, "sum to less than 1"),
         ({"diffuse": 2.0}, "accepted are shares"),
+        ({"elsewhere": -0.1}, "accepted are shares"),
     ],
 )
 def test_refusals(wrong: dict[str, int], message: str) -> None:

@@ -1,6 +1,7 @@
 """Error against time: every method over its dial, and attention of others, on structured inputs.
 
     PYTHONPATH=. python docs/measurements/error_time.py --out docs/measurements/error_time_h200.json --plot error.png
+    ... --inputs concentrated   # attention on fewer blocks: sparsepass.testing.CONCENTRATED
     ... --peer-path DIR --peer FlashPrefill=module:function   # compared with; any number of them
 
 Causal, batch 1, 32 query heads, 8 KV heads, head size 128, bf16. ``error`` is the norm of the difference from exact
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from sparsepass.bench import machine, ours
 from sparsepass.bench.baselines import dense_call
+from sparsepass.bench.plots import colors
 from sparsepass.bench.problem import Problem, Shape, make_problem
 from sparsepass.bench.timing import Clock, Effort, summary, time_variants
 from sparsepass.methods import AShape, FlexPrefill, Full, Method, PooledTopK, Threshold, TopP, VerticalSlash, XAttention
@@ -168,7 +170,7 @@ def measure(length: int, options: argparse.Namespace, peers: dict[str, Callable[
 
     device = torch.device(options.device)
     shape = Shape(1, options.heads, options.kv_heads, length, options.head_dim, options.dtype)
-    problem = make_problem(shape, device, 0, "structured")
+    problem = make_problem(shape, device, 0, options.inputs)
     name = "cudnn" if device.type == "cuda" else "sdpa"
     exact_call = dense_call(name, problem)
     bench = Bench(problem, exact_call().clone(), Clock(device, problem.query.nbytes * 3))
@@ -263,6 +265,7 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
     figure, panels = pyplot.subplots(1, len(lengths), figsize=size, layout="constrained", squeeze=False)
     for axes, length in zip(panels[0], lengths, strict=True):
         here = [r for r in records if r["length"] == length]
+        axes.set_prop_cycle(color=colors())
         for curve in dict.fromkeys(r["curve"] for r in here if r["curve"] not in ("dense", "full")):
             points = sorted((r["median_ms"], r["error"], "default" in r) for r in here if r["curve"] == curve)
             style = {"marker": "*", "markersize": 12, "linestyle": "--"} if points[0][2] else {"marker": "o"}
@@ -286,6 +289,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help=f"curves; absent: all of {', '.join(SWEEPS)}")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=module:function")
     parser.add_argument("--peer-path", type=Path, help="folder to import peers from")
+    parser.add_argument("--inputs", default="structured", choices=["structured", "concentrated"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget-ms", type=float, default=60.0, help="for one variant in one round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -305,7 +309,7 @@ def main() -> None:
         records += measure(length, options, peers)
         compared = comparisons(records)
         if options.out:  # after each length: what was measured is not lost
-            content = {"environment": head, "comparisons": compared, "records": records}
+            content = {"environment": head, "inputs": options.inputs, "comparisons": compared, "records": records}
             options.out.write_text(json.dumps(content, indent=1) + "\n")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -171,7 +171,7 @@ def error_time(content: dict[str, Any]) -> list[str]:
     if not content["comparisons"]:
         return []
     lines = [
-        "Selection and attention on structured inputs beside others, at no greater error, "
+        f"Selection and attention on {content.get('inputs', 'structured')} inputs beside others, at no greater error, "
         f"{hardware(content['environment'])}:",
         "",
         "| tokens | other | its error | its time | over cuDNN | ours | error | time | over cuDNN | times faster |",

@@ -26,9 +26,11 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsepass.kernels import rules_triton
 from sparsepass.kernels.dispatch import BlockLists, Visible, block_sparse_attention
-from sparsepass.kernels.launch import run_all
+from sparsepass.kernels.launch import Launch, run_all
 from sparsepass.kernels.rules import Rule
+from sparsepass.kernels.rules_triton import rule_launch
 from sparsepass.kernels.select_mass_triton import MassTile, mass_launch
 from sparsepass.kernels.select_scored_triton import scored_launches
 from sparsepass.methods import AShape, Method, PooledTopK, Threshold, TopP, XAttention
@@ -47,10 +49,12 @@ METHODS: dict[str, Method] = {
     "xattention 0.9, stride 8": XAttention(0.9, stride=8),
 }
 TILES = (
-    *(MassTile(128, 8, stages) for stages in (1, 2, 3)),
-    *(MassTile(64, warps, stages) for warps in (4, 8) for stages in (1, 2, 3)),
-    *(MassTile(32, 4, stages) for stages in (2, 3)),
+    *(MassTile(64, 4, stages) for stages in (1, 2, 3)),
+    *(MassTile(64, 8, stages) for stages in (2, 3)),
+    MassTile(128, 8, 2),
 )
+LEVELS = ((1, 256), (1, 512), (2, 128))
+"""Rows of a program and key blocks at a time of the lists by level."""
 
 
 def once(run: Callable[[], object]) -> float:
@@ -132,36 +136,97 @@ def method_records(length: int, repetitions: int) -> list[dict[str, Any]]:
     return records
 
 
+def wrong_scores(scores: Tensor, query: Tensor, means: Tensor) -> float:
+    """Largest difference of scores [1, H, nq, nkv] from float32 arithmetic, at a few rows of some heads."""
+    worst = 0.0
+    rows = scores.shape[2]
+    for head in (0, 5, HEADS - 1):
+        for row in (1, rows // 2, rows // 2 + 1, rows - 2, rows - 1):
+            tokens_of = query[0, head, row * BLOCK : (row + 1) * BLOCK].float()
+            logits = tokens_of @ means[0, head * KV_HEADS // HEADS].float().T * HEAD_DIM**-0.5
+            seen = torch.arange(row * BLOCK, (row + 1) * BLOCK, device=query.device)[:, None] + 1
+            hidden = (torch.arange(rows, device=query.device) + 1) * BLOCK > seen
+            wanted = logits.masked_fill(hidden, -torch.inf).logsumexp(0)[: row + 1]
+            worst = max(worst, float((scores[0, head, row, : row + 1] - wanted).abs().max()))
+    return worst
+
+
+def wrong_rows(counts: Tensor, lists: Tensor, scores: Tensor, rule: Rule) -> int:
+    """Rows [1, H, nq] whose list is not what the rule says of the scores, a head at a time."""
+    rows, wrong = scores.shape[2], 0
+    row, column = torch.arange(rows, device=scores.device)[:, None], torch.arange(rows, device=scores.device)
+    for head in range(HEADS):
+        score = scores[0, head].masked_fill(column > row, -torch.inf)
+        keep = score >= score.amax(1, keepdim=True) + torch.tensor(rule.dial, device=scores.device).log()
+        keep |= (column < rule.sink) | (column > row - rule.window) | (row >= rows - rule.last)
+        keep &= column <= row
+        listed = torch.zeros(rows, rows + 1, dtype=torch.bool, device=scores.device)
+        used = column < counts[0, head][:, None]
+        listed.scatter_(1, torch.where(used, lists[0, head].long(), rows), True)
+        ascending = (lists[0, head].diff(dim=1) > 0) | ~used[:, 1:]
+        right = (listed[:, :rows] == keep).all(1) & ascending.all(1) & (counts[0, head] == keep.sum(1))
+        wrong += int((~right).sum())
+    return wrong
+
+
 def tile_records(length: int, repetitions: int) -> list[dict[str, Any]]:
-    """The launches of ``threshold`` one by one, then shapes of the mass kernel."""
-    query, key, _ = tokens(length)
+    """The launches of ``threshold``, shapes of its mass and list kernels, and the method beside attention."""
+    query, key, value = tokens(length)
     mask: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "left": -1, "right": 0, "offset": 0}
     mask |= {"q_segments": None, "kv_segments": None, "q_block": BLOCK, "kv_block": BLOCK}
     rule = Rule("threshold", 0.08, "mass", sink=2, window=4, last=2)
-    launches, _, _ = scored_launches(query, key, **mask, rule=rule, dial=None, counter=None)
+    launches, counts, lists = scored_launches(query, key, **mask, rule=rule, dial=None, counter=None)
     runs: dict[str, Callable[[], object]] = {}
+    checked: dict[str, str] = {}
     for launch in launches:
         runs[launch.kernel.__name__] = graphed(partial(run_all, [launch], query.device))
-    means = launches[0].arguments["out_ptr"]
-    run_all(launches[:1], query.device)
+    means, scores = launches[0].arguments["out_ptr"], launches[1].arguments["scores_ptr"]
     band = {"q_len": length, "kv_len": length, "left": 1 << 30, "right": 0, "offset": 0}
-    for tile in TILES:
+
+    def add(name: str, launch: Launch, judge: Callable[[], str]) -> None:
         try:
-            launch, _ = mass_launch(query, means, None, None, mask["scale"], band, BLOCK, BLOCK, tile)
             run_all([launch], query.device)
-            torch.cuda.synchronize()
-            runs[str(tile)] = graphed(partial(run_all, [launch], query.device))
+            checked[name] = judge()
+            runs[name] = graphed(partial(run_all, [launch], query.device))
         except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
-            print(f"{tile}: {str(error).splitlines()[0]}")
+            print(f"{name}: {str(error).splitlines()[0]}")
+
+    for tile in TILES:
+        launch, found = mass_launch(query, means, None, None, mask["scale"], band, BLOCK, BLOCK, tile)
+        add(str(tile), launch, lambda found=found: f"off by {wrong_scores(found, query, means):.1e}")  # type: ignore[misc]
+    shared: dict[str, Any] = {"batch": 1, "heads": HEADS, "kv_heads": KV_HEADS, "q_block": BLOCK, "kv_block": BLOCK}
+    shared |= {"allowed": None, "dial": None, "q_unlike": None, "k_unlike": None, "counter": None, "like": query}
+    shipped = rules_triton.LEVEL_ROWS, rules_triton.LEVEL_COLUMNS
+    for level in LEVELS:
+        rules_triton.LEVEL_ROWS, rules_triton.LEVEL_COLUMNS = level
+        launch, counts, lists = rule_launch(rule, band, **shared, scores=scores)
+        judge = partial(wrong_rows, counts, lists, scores, rule)
+        add(f"lists {level}", launch, lambda judge=judge: f"{judge()} wrong rows")  # type: ignore[misc]
+    rules_triton.LEVEL_ROWS, rules_triton.LEVEL_COLUMNS = shipped
+
+    visible = Visible(right=0)
+    options: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "visible": visible, "counter": None}
+    given = PooledTopK(0.1).select(query, key, **options)
+    whole: dict[str, Callable[[], object]] = {
+        "attention 0.10": partial(
+            block_sparse_attention, query, key, value, given, scale=HEAD_DIM**-0.5, visible=visible
+        ),
+        "select threshold 0.08": partial(Threshold(0.08).select, query, key, **options),
+        "select pooled_topk 0.10": partial(PooledTopK(0.1).select, query, key, **options),
+    }
+    for name, call in whole.items():
+        runs[name], runs[f"graph {name}"] = call, graphed(call)
     blocks = length // BLOCK
     flops = 2.0 * HEADS * BLOCK * HEAD_DIM * blocks * (blocks + 1) / 2
     records = []
-    print(f"\n{length} tokens")
-    for name, times in shuffled(runs, repetitions).items():
-        median = statistics.median(times)
-        speed = f"{flops / median / 1e9:6.0f} TF/s" if "Tile" in name else ""
-        print(f"{name:72} {median:8.3f} ms {speed}")
-        records.append({"what": name, "length": length, "graph_ms": median, "min_ms": min(times), "max_ms": max(times)})
+    times = shuffled(runs, repetitions)
+    attention = statistics.median(times["graph attention 0.10"])
+    for name, taken in times.items():
+        median = statistics.median(taken)
+        speed = f"{flops / median / 1e9:5.0f} TF/s" if name.startswith("Mass") else f"{median / attention:10.1%}"
+        print(f"{length:>6} {name:70} {median:8.3f} ms {speed} {checked.get(name, '')}")
+        records.append({"what": name, "length": length, "graph_ms": median, "min_ms": min(taken), "max_ms": max(taken)})
+        records[-1] |= {"checked": checked[name]} if name in checked else {}
     return records
 
 

@@ -114,7 +114,7 @@ class Shapes(Machine):
     kv_heads: tuple[int, ...] = option((), "Key/value heads: GQA groups are heads over these. Default: a quarter.")
     head_dims: tuple[int, ...] = option((), "Head sizes; default 128 on a GPU, 64 on the CPU.")
     dtypes: tuple[str, ...] = option((), "Default: bf16 on a GPU, fp32 on the CPU.", choices=("bf16", "fp16", "fp32"))
-    inputs: str = option("random", "What the tensors hold.", choices=("random", "structured"))
+    inputs: str = option("random", "What the tensors hold.", choices=("random", "structured", "concentrated"))
 
 
 _IMPLEMENTATIONS = "Kernels of our attention: auto, or by name, as hopper and triton. Default: every one."

@@ -26,6 +26,7 @@ def draw(result: Result, folder: Path, stem: str = "") -> list[Path]:
     written = []
     for name, paint in PLOTS.items():
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        axes.set_prop_cycle(color=colors())
         if paint(axes, result):
             for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
                 if scale == "log":
@@ -40,6 +41,14 @@ def draw(result: Result, folder: Path, stem: str = "") -> list[Path]:
             written.append(file)
         pyplot.close(figure)
     return written
+
+
+def colors() -> list[Any]:
+    """Twenty colors, no two alike: matplotlib's own ten, then a lighter one of each, the eleventh unlike the first."""
+    import matplotlib
+
+    twenty = matplotlib.colormaps["tab20"]
+    return [twenty(n) for n in (*range(0, 20, 2), *range(9, 20, 2), *range(1, 9, 2))]
 
 
 def _series(result: Result, keep: Callable[[Record], bool]) -> Series:

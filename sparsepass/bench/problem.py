@@ -11,10 +11,13 @@ from torch import Tensor
 from sparsepass.errors import OptionError, close_names
 from sparsepass.kernels.blocks import visible_block_counts
 from sparsepass.kernels.dispatch import BlockLists, Visible
-from sparsepass.testing.inputs import structured_inputs
+from sparsepass.testing.inputs import CONCENTRATED, structured_inputs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CAUSAL = Visible(right=0)
+
+INPUTS = ("random", "structured", "concentrated")
+"""Normal; as real attention is; the same with attention on fewer blocks (``testing.CONCENTRATED``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,12 @@ class Problem:
 
 
 def make_problem(shape: Shape, device: torch.device, seed: int, inputs: str = "random") -> Problem:
-    """Inputs of a shape: ``random`` (normal), or ``structured`` as real attention is. Raises ``OptionError``."""
-    if inputs == "structured":
-        query, key, value = _structured(shape, device, seed)
-        return Problem(shape, query, key, value)
+    """Inputs of a shape, one of ``INPUTS``. Raises ``OptionError``."""
+    if inputs not in INPUTS:
+        raise OptionError(f"Unknown inputs {inputs!r}. {close_names(inputs, INPUTS)}")
     if inputs != "random":
-        raise OptionError(f"Unknown inputs {inputs!r}. {close_names(inputs, ('random', 'structured'))}")
+        query, key, value = _structured(shape, device, seed, CONCENTRATED if inputs == "concentrated" else {})
+        return Problem(shape, query, key, value)
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def tokens(heads: int) -> Tensor:
@@ -95,8 +98,10 @@ def make_problem(shape: Shape, device: torch.device, seed: int, inputs: str = "r
     return Problem(shape, tokens(shape.heads), tokens(shape.kv_heads), tokens(shape.kv_heads))
 
 
-def _structured(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    made = structured_inputs(**{**shape.fields(), "dtype": shape.torch_dtype}, device=device, seed=seed)
+def _structured(
+    shape: Shape, device: torch.device, seed: int, structure: dict[str, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = structured_inputs(**{**shape.fields(), "dtype": shape.torch_dtype, **structure}, device=device, seed=seed)
     return made.query, made.key, made.value
 
 

@@ -34,6 +34,7 @@ from sparsepass.coverage.special import HIDDEN, INTERMEDIATE, VOCABULARY
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.policy import Policy
 from sparsepass.policy_rules import Rule
+from sparsepass.sites import TOO_FEW
 from sparsepass.types import Budget
 from sparsepass.types import Phase as SitePhase
 
@@ -185,6 +186,8 @@ def _sites(
             else:
                 reasons[general(entry.reason or "the rewritten site did not run")] += runs
         for skip in graph.findings.refused:
+            if TOO_FEW in skip.reason:  # not counted in the uncompiled run either
+                continue
             reasons[general(skip.reason)] += runs
             seen += runs
     unseen = max(min(both.anchors, expected) - seen, 0)

@@ -49,4 +49,4 @@ SIZES = {
     "small": TestbedSize(hidden=256, intermediate=704, layers=6, heads=8, kv_heads=4),
     "large": TestbedSize(hidden=512, intermediate=1408, layers=8, heads=16, kv_heads=8),
 }
-"""1.8, 6.7 and 27 million parameters. ``small`` ships with its weights."""
+"""2.0, 6.7 and 32 million parameters. ``small`` ships with its weights."""

@@ -23,7 +23,7 @@ from sparsepass.testing.accuracy import (
     dense_error,
 )
 from sparsepass.testing.corners import corner_cases
-from sparsepass.testing.inputs import StructuredInputs, structured_inputs
+from sparsepass.testing.inputs import CONCENTRATED, StructuredInputs, structured_inputs
 from sparsepass.testing.lists import block_mask_of, lists_from_mask
 from sparsepass.testing.mass import attention_error, block_mass, kept_mass
 from sparsepass.testing.memory import LAYOUTS, laid_out, leave_stale, poisoned_empty
@@ -50,6 +50,7 @@ _DRAWING = {
 
 __all__ = [
     "BANDS",
+    "CONCENTRATED",
     "LAYOUTS",
     "LISTS",
     "SEGMENTS",

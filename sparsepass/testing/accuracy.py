@@ -32,7 +32,8 @@ def dense_error(inputs: Inputs, reference: Tensor) -> float:
         scores = inputs.q.to(work) @ k.to(work).mT * inputs.mask["scale"]
         scores = changed_scores(scores, inputs.scores, inputs.mask["offset"]).masked_fill(~visible, -torch.inf)
         if inputs.scores.sinks is not None:
-            sinks = inputs.scores.sinks.to(work)[:, None, None].expand(*scores.shape[:3], 1)
+            sinks = inputs.scores.sinks.to(work)
+            sinks = (sinks[..., None] if sinks.dim() == 3 else sinks[:, None, None]).expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sinks], dim=-1)
         weights = scores.softmax(-1)[..., : visible.shape[-1]].nan_to_num(nan=0.0).to(v.dtype)
         dense = weights @ v

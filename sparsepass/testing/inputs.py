@@ -23,13 +23,19 @@ SPAN = (48, 1024)
 """Shortest and longest stretch of one topic, in tokens (log-uniform between; a text has at least eight stretches)."""
 
 TOPIC_LOGIT, NOISE_LOGIT = 7.0, 1.0
-"""Score of a key that states a query's topic fully; standard deviation of what scores hold beside any structure."""
+"""Score of a key that states a query's topic fully, where none is given; standard deviation of what scores hold beside
+any structure."""
 
 ELSEWHERE = 0.2
-"""Share of queries that ask for a topic other than their own stretch's: a block's mean query hides them."""
+"""Default share of queries that ask for a topic other than their own stretch's: a block's mean query hides them."""
 
 FLAT = 0.15
 """A diffuse head's scores are this times those of the others."""
+
+CONCENTRATED: dict[str, float] = {"local": 0.45, "diffuse": 1 / 32, "topic_logit": 11.0, "elsewhere": 0.1}
+"""Arguments of ``structured_inputs`` for attention on fewer blocks: one head of 32 is diffuse, topics stand out, near
+tokens hold more. FlashPrefill's rule (``Threshold(0.08)``) computes 12% at 32K tokens and 6% at 128K of them, with the
+defaults 34% and 18%."""
 
 _KEY_NOISE = 1.0 / TOPIC_LOGIT  # times the topic's part of a query: a standard deviation of 1
 _KEY_GAIN = 2.5  # queries and keys get entries of about the same size, near 1
@@ -67,16 +73,20 @@ def structured_inputs(
     local: float = 0.25,
     topics: int = 24,
     diffuse: float = 0.125,
+    topic_logit: float = TOPIC_LOGIT,
+    elsewhere: float = ELSEWHERE,
 ) -> StructuredInputs:
     """Query, key and value of one causal self-attention over ``length`` tokens.
 
     ``sink`` and ``local``: mean share of a row's attention mass on the first 4 tokens and on the 256 nearest, averaged
     over heads that are not diffuse and over rows of the second half; every head has its own share around it. What is
     left goes to the query's topic, of ``topics``, which recur along the text in stretches of 48 to 1024 tokens.
-    ``diffuse``: share of the query heads with nearly flat attention. Layout of the text and shares of the heads depend
-    on ``seed`` alone, the noise on the device too. One head is made at a time. Raises ``KernelInputError``.
+    ``diffuse``: share of the query heads with nearly flat attention. ``topic_logit``: score of a key that states a
+    query's topic fully. ``elsewhere``: share of queries that ask for another topic than their stretch's. Layout of the
+    text and shares of the heads depend on ``seed`` alone, the noise on the device too. One head is made at a time.
+    Raises ``KernelInputError``.
     """
-    _check(heads, kv_heads, length, head_dim, sink, local, topics, diffuse)
+    _check(heads, kv_heads, length, head_dim, sink, local, topics, diffuse, elsewhere)
     draw = torch.Generator().manual_seed(seed)
     noise = torch.Generator(device).manual_seed(seed)
     query = torch.empty(batch, length, heads, head_dim, dtype=dtype, device=device)
@@ -97,10 +107,11 @@ def structured_inputs(
             for head in range(kv_head * group, (kv_head + 1) * group):
                 near, first = (float(shares[head, part]) * mean for part, mean in ((0, local), (1, sink)))
                 made = text.query(
-                    topic=TOPIC_LOGIT * (0.75 + 0.25 * float(shares[head, 2])),
+                    topic=topic_logit * (0.75 + 0.25 * float(shares[head, 2])),
                     near=min(near, 0.95 - min(first, 0.9)),
                     sink=min(first, 0.9),
                     flat=bool(flat[head]),
+                    elsewhere=elsewhere,
                     rows=rows,
                     noise=noise,
                 )
@@ -147,11 +158,19 @@ class _Text:
         return (torch.cat((angle.cos(), angle.sin()), dim=1) / math.sqrt(count)).float()
 
     def query(
-        self, *, topic: float, near: float, sink: float, flat: bool, rows: Tensor, noise: torch.Generator
+        self,
+        *,
+        topic: float,
+        near: float,
+        sink: float,
+        flat: bool,
+        elsewhere: float,
+        rows: Tensor,
+        noise: torch.Generator,
     ) -> Tensor:
         """Queries [S, D] whose mass on near tokens and on the sink is fitted on the given ``rows``."""
         other = torch.randint(self.count, (self.length,), generator=noise, device=self.device)
-        wander = torch.rand(self.length, generator=noise, device=self.device) < ELSEWHERE
+        wander = torch.rand(self.length, generator=noise, device=self.device) < elsewhere
         content = self.meaning[torch.where(wander, other, self.topics)] * topic
         content += self._noise(NOISE_LOGIT / (_KEY_NOISE * math.sqrt(self.head_dim)), noise)
         if flat:
@@ -195,7 +214,15 @@ def _stretches(length: int, topics: int, draw: torch.Generator) -> Tensor:
 
 
 def _check(
-    heads: int, kv_heads: int, length: int, head_dim: int, sink: float, local: float, topics: int, diffuse: float
+    heads: int,
+    kv_heads: int,
+    length: int,
+    head_dim: int,
+    sink: float,
+    local: float,
+    topics: int,
+    diffuse: float,
+    elsewhere: float,
 ) -> None:
     if kv_heads < 1 or heads < kv_heads or heads % kv_heads:
         raise KernelInputError(f"heads is {heads} and kv_heads {kv_heads}; heads must be a multiple of kv_heads.")
@@ -203,8 +230,8 @@ def _check(
         raise KernelInputError(
             f"length is {length}, head_dim {head_dim} and topics {topics}; accepted are at least 1, 16 and 1."
         )
-    if not (sink >= 0 and local >= 0 and sink + local < 1 and 0 <= diffuse <= 1):
+    if not (sink >= 0 and local >= 0 and sink + local < 1 and 0 <= diffuse <= 1 and 0 <= elsewhere <= 1):
         raise KernelInputError(
-            f"sink is {sink}, local {local} and diffuse {diffuse}; accepted are shares of which "
+            f"sink is {sink}, local {local}, diffuse {diffuse} and elsewhere {elsewhere}; accepted are shares of which "
             "the first two sum to less than 1."
         )

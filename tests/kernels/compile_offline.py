@@ -24,10 +24,12 @@ from sparsepass.kernels.rules import Rule
 from sparsepass.kernels.scores import Scores
 from sparsepass.kernels.select_scored_triton import scored_launches
 from sparsepass.kernels.select_triton import select_launches
-from sparsepass.kernels.spec import Capability
+from sparsepass.kernels.spec import CUDA, Capability
+
+knobs.compilation.disable_line_info = True  # a quarter of the time, and no instruction of the kernel
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-"""Every size with and without what is optional; else one of them, with all of it."""
+"""Every size on every target, with and without what is optional; else a few of them, with all of it."""
 
 TYPES = {
     torch.float16: "fp16",
@@ -37,6 +39,24 @@ TYPES = {
     torch.int64: "i64",
     torch.int8: "i8",
 }
+
+
+def problems(
+    sizes: Sequence[int], *, tested: Sequence[tuple[torch.dtype, int]]
+) -> list[tuple[Capability, torch.dtype, int, bool]]:
+    """(target, dtype, head size, with segments) to compile for, beyond those ``tested`` on every target.
+
+    DEEP has all. Else a size is compiled for one target, in turn, and the largest in bf16 for all of them: no other on
+    the matrix units needs as many registers and as much shared memory.
+    """
+    targets = CUDA.capabilities
+    every = [(dtype, size) for dtype in (torch.bfloat16, torch.float32) for size in sizes]
+    if DEEP:
+        return [(target, *one, segments) for one in every for segments in (False, True) for target in targets]
+    rest = [one for one in every if one not in tested]
+    largest = (torch.bfloat16, max(sizes))
+    turns = [(targets[turn % len(targets)], *one, True) for turn, one in enumerate(rest)]
+    return turns + [(target, *largest, True) for target in targets if (target, *largest, True) not in turns]
 
 
 def compile_launch(launch: Launch, capability: Capability) -> Any:

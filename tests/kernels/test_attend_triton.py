@@ -195,6 +195,19 @@ def test_a_problem_seen_before_runs_on_the_new_tensors() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_steps_err_no_more_than_few(head_dim: int) -> None:
+    """Values of one sign first, then of the other: an error made in each step would favor the late ones."""
+    case = replace(PLAIN, dtype=torch.float32, kv_len=4096, offset=3796, head_dim=head_dim, v_head_dim=head_dim)
+    inputs = case.tensors(DEVICE)
+    inputs.v[:, :, :2000] = 1.0
+    inputs.v[:, :, 2000:] = -1.0
+    out, _ = attend(inputs)
+    assert_as_accurate_as_dense(out, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_addresses_past_2_to_the_31() -> None:
     inputs = PLAIN.tensors(DEVICE)
     step = 2**31 // 250  # the last tokens lie past 2^31 elements

@@ -15,15 +15,11 @@ from sparsepass.kernels.best_triton import diagonal_list_launches, keep_best_lau
 from sparsepass.kernels.columns_triton import column_launches
 from sparsepass.kernels.estimate_triton import estimate_launches
 from sparsepass.kernels.launch import Launch
-from tests.kernels.compile_offline import DEEP, compile_launch, resources
+from tests.kernels.compile_offline import DEEP, compile_launch, problems, resources
 from tests.kernels.test_compile_targets import MATRIX_INSTRUCTION, SHARED_LIMIT
 
 DENSE_PRODUCTS = ("_attend_columns", "_estimate")
-SIZES = spec.CUDA.tuned_head_dims if DEEP else (64, 128, 256)
-ALL = [
-    *((torch.bfloat16, size, segments) for size in SIZES for segments in ((False, True) if DEEP else (True,))),
-    *((torch.float32, size, True) for size in SIZES),
-]
+SLOW = problems(spec.CUDA.tuned_head_dims if DEEP else (64, 256), tested=[(torch.bfloat16, 128)])
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +103,7 @@ def test_compiles_without_spills(monkeypatch: pytest.MonkeyPatch, capability: sp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
-@pytest.mark.parametrize(("dtype", "head_dim", "segments"), ALL, ids=str)
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "segments"), SLOW, ids=str)
 def test_every_tuned_size_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch,
     capability: spec.Capability,

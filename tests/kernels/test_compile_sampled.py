@@ -11,11 +11,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from sparsepass.kernels import sampled_triton, spec
 from sparsepass.kernels.launch import Launch
 from sparsepass.kernels.sampled_triton import sampled_launches
-from tests.kernels.compile_offline import DEEP, compile_launch, resources
+from tests.kernels.compile_offline import DEEP, compile_launch, problems, resources
 from tests.kernels.test_compile_targets import MATRIX_INSTRUCTION, SHARED_LIMIT
 
-SIZES = spec.CUDA.tuned_head_dims if DEEP else (256,)
-ALL = [(dtype, size, True) for dtype in (torch.bfloat16, torch.float32) for size in SIZES]
+SLOW = problems(spec.CUDA.tuned_head_dims if DEEP else (256,), tested=[(torch.bfloat16, 128)])
 
 
 def launches_for(dtype: torch.dtype, head_dim: int, segments: bool) -> list[Launch]:
@@ -56,8 +55,7 @@ def test_compiles_without_spills(monkeypatch: pytest.MonkeyPatch, capability: sp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", spec.CUDA.capabilities, ids=str)
-@pytest.mark.parametrize(("dtype", "head_dim", "segments"), ALL, ids=str)
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "segments"), SLOW, ids=str)
 def test_every_tuned_size_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch, capability: spec.Capability, dtype: torch.dtype, head_dim: int, segments: bool
 ) -> None:

@@ -114,6 +114,20 @@ def test_more_tiles_than_programs(head_dim: int, left: int) -> None:
         assert_as_accurate_as_dense(out, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("jump", [4.0, 100.0])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_scores_that_jump_from_one_block_to_the_next(head_dim: int, jump: float, dtype: torch.dtype) -> None:
+    """What was summed before has to fade, and the log-sum-exp to follow, however far the maximum jumps."""
+    case = replace(LONG, head_dim=head_dim, v_head_dim=head_dim, dtype=dtype, lists="random", group=1)
+    inputs = case.tensors("cuda")
+    inputs.k[:, :, 1000:1200] *= jump
+    out, lse = attend(inputs, return_lse=True)
+    assert_as_accurate_as_dense(out, inputs)
+    assert lse is not None
+    torch.testing.assert_close(lse.double(), inputs.reference()[1], atol=2e-2, rtol=1e-3)
+
+
 def test_is_what_runs_by_default() -> None:
     inputs = LONG.tensors("cuda")
     arguments = {**inputs.mask, "return_lse": False}

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["attend", "select", "scored", "columns", "slash", "sampled", "skip", "terms"])
+@pytest.mark.parametrize("name", ["slash", "scored", "select", "attend", "columns", "sampled", "skip", "terms"])
 def test_under_the_interpreter(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{name}_triton.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}

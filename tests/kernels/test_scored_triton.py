@@ -12,21 +12,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.testing import Case, cases, poisoned_empty
-from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPS, pytestmark  # noqa: F401
 from tests.kernels.select_cases import assert_rule_holds, rules, score_error, tolerance
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels import select_antidiagonal_triton
+from sparsepass.kernels import prepared, rules_triton, select_antidiagonal_triton
 from sparsepass.kernels.launch import run_all
 from sparsepass.kernels.reference import listed_blocks
-from sparsepass.kernels.reference_select import always_listed_reference, self_similarity_reference
+from sparsepass.kernels.reference_select import (
+    always_listed_reference,
+    block_logits_reference,
+    self_similarity_reference,
+)
 from sparsepass.kernels.rules import Rule
+from sparsepass.kernels.rules_triton import rule_launch
 from sparsepass.kernels.select_scored_triton import scored_launches, select_scored_cuda
 from sparsepass.kernels.select_triton import select_blocks_cuda
 
-DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 56}
+DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 56, "groups": GROUPS}
 if GPU:
     DRAWN |= {
         "dtypes": (torch.bfloat16, torch.float16, torch.float32),
@@ -72,13 +77,45 @@ def test_lists_what_the_rule_takes(case: Case, rule: Rule, dial_shape: tuple[int
     assert counted == [0, 0, int(allowed.sum())]
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=FEWER)
 @given(cases(**DRAWN, bad=True), rules())
 def test_nonfinite_inputs_keep_lists_valid(case: Case, rule: Rule) -> None:
     named, _, q, k, mask, _ = selected(case, rule)
     listed, allowed = always_listed_reference(q, k, rule=replace(rule, self_similarity=None), **mask)
     assert not (named & ~allowed).any()
     assert not (listed & ~named).any()
+
+
+@pytest.mark.parametrize(("scale", "left", "right"), [(0.3, -1, 0), (-0.3, 100, 0), (0.2, -1, -1)])
+def test_mass_of_either_sign_of_the_scale(scale: float, left: int, right: int) -> None:
+    block = 64 if GPU else 16
+    q, k = torch.randn(2, 1, 1, 5 * block - 5, 64 if GPU else 16, device=DEVICE).half()
+    mask: dict[str, Any] = {"left": left, "right": right, "offset": 0, "q_segments": None, "kv_segments": None}
+    mask |= {"scale": scale, "q_block": block, "kv_block": block}
+    with poisoned_empty():
+        launches, _, _ = scored_launches(q, k, **mask, rule=Rule("threshold", 0.3, "mass"), dial=None, counter=None)
+    run_all(launches, q.device)
+    wanted = block_logits_reference(q, k, score="mass", stride=16, **mask)
+    there = wanted.isfinite()
+    assert (launches[1].arguments["scores_ptr"].double() - wanted)[there].abs().max() < 0.01
+
+
+@pytest.mark.parametrize("left", [1 << 30, 300])
+def test_long_rows_are_listed_in_several_steps(monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    monkeypatch.setattr(rules_triton, "LEVEL_ROWS", 8)
+    band = {"q_len": 600, "kv_len": 600, "left": left, "right": 0, "offset": 0}
+    scores = torch.randn(1, 1, 38, 38, device=DEVICE)
+    given: dict[str, Any] = {"batch": 1, "heads": 1, "kv_heads": 1, "q_block": 16, "kv_block": 16, "scores": scores}
+    given |= {"allowed": None, "dial": None, "q_unlike": None, "k_unlike": None, "counter": None, "like": scores}
+    found = []
+    for columns in (64, 16):
+        monkeypatch.setattr(rules_triton, "LEVEL_COLUMNS", columns)
+        with poisoned_empty():
+            launch, *lists = rule_launch(Rule("threshold", 0.3, "mass", sink=2, last=1), band, **given)
+        run_all([launch], scores.device)
+        found.append(lists)
+    assert all(torch.equal(whole, parts) for whole, parts in zip(*found, strict=True))
+    assert int(found[0][0][0, 0, -1]) > 16
 
 
 @pytest.mark.parametrize("keep", ["threshold", "coverage"])
@@ -93,7 +130,8 @@ def test_ties_go_to_the_lower_index(keep: Any) -> None:
 
 def test_a_dial_never_computes_more_than_the_cap() -> None:
     block = 64 if GPU else 16
-    q = torch.randn(1, 2, 12 * block, 16, device=DEVICE)
+    blocks = 6
+    q = torch.randn(1, 1, blocks * block, 16, device=DEVICE)
     mask: dict[str, Any] = {"scale": 1.0, "left": -1, "right": 0, "offset": 0, "q_block": block, "kv_block": block}
     for rule, more in (
         (Rule("threshold", 0.5, "mass"), 0.0),
@@ -101,6 +139,7 @@ def test_a_dial_never_computes_more_than_the_cap() -> None:
         (Rule("window", 2.0 * block), 2.0**30),
     ):
         capped = select_scored_cuda(q, q, **mask, rule=rule)[0]
+        assert capped.sum() < blocks * (blocks + 1) // 2
         for value in (more, float("nan")):
             dial = torch.tensor([[value]], device=DEVICE)
             assert torch.equal(select_scored_cuda(q, q, **mask, rule=rule, dial=dial)[0], capped)
@@ -108,38 +147,38 @@ def test_a_dial_never_computes_more_than_the_cap() -> None:
 
 def test_heads_share_one_buffer_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     block = 64 if GPU else 16
-    q, k = torch.randn(2, 4, 5 * block, 16, device=DEVICE), torch.randn(2, 2, 5 * block, 16, device=DEVICE)
+    q, k = torch.randn(2, 2, 5 * block, 16, device=DEVICE), torch.randn(2, 1, 5 * block, 16, device=DEVICE)
     mask: dict[str, Any] = {"scale": 1.0, "left": -1, "right": 0, "offset": 0, "q_block": block, "kv_block": block}
     rule = Rule("coverage", 0.6, "antidiagonal", stride=8)
     whole = select_scored_cuda(q, k, **mask, rule=rule)
-    monkeypatch.setattr(select_antidiagonal_triton, "PARTS_BYTES", 3 * 4 * (5 * block // 8) * 5)
-    from sparsepass.kernels import prepared
-
+    monkeypatch.setattr(select_antidiagonal_triton, "PARTS_BYTES", 3 * 4 * (5 * block // 8) * 5)  # of three heads
     monkeypatch.setattr(prepared, "_prepared", {})
     parts = select_scored_cuda(q, k, **mask, rule=rule)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
-@settings(max_examples=EXAMPLES)
-@given(cases(**DRAWN), st.sampled_from([0.02, 0.1, 0.3]), st.sampled_from([0.0, 0.3, 1.0]))
-def test_pooled_topk_keeps_blocks_that_are_not_self_similar(case: Case, least: float, density: float) -> None:
+@settings(max_examples=FEWER)
+@given(cases(**DRAWN), st.sampled_from([0.02, 0.1, 0.3]), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0, 1]))
+def test_pooled_topk_keeps_blocks_that_are_not_self_similar(
+    case: Case, least: float, density: float, last: int
+) -> None:
     inputs = case.tensors(DEVICE)
     q, k, mask = inputs.q, inputs.k, inputs.mask
     columns = -(-case.kv_len // case.kv_block)
     with poisoned_empty():
         plain = listed_blocks(*select_blocks_cuda(q, k, **mask, density=density), columns)
-        named, tail = (
-            listed_blocks(*select_blocks_cuda(q, k, **mask, density=density, self_similarity=least, last=last), columns)
-            for last in (0, 1)
-        )
+        options: dict[str, Any] = {"density": density, "self_similarity": least, "last": last}
+        named = listed_blocks(*select_blocks_cuda(q, k, **mask, **options), columns)
         allowed = listed_blocks(*select_blocks_cuda(q, k, **mask, density=1.0), columns)
     segments = mask["kv_segments"]
     of_keys = self_similarity_reference(k, segments, case.kv_block).repeat_interleave(case.group, 1)[:, :, None]
     of_rows = self_similarity_reference(q, None if segments is None else mask["q_segments"], case.q_block)[..., None]
     assert not (allowed & ((of_keys < least - 1e-4) | (of_rows < least - 1e-4)) & ~named).any()
     assert not (named & ~allowed).any()
-    assert torch.equal(tail[:, :, -1:], allowed[:, :, -1:])
-    assert torch.equal(tail[:, :, :-1], named[:, :, :-1])
+    if last:
+        assert torch.equal(named[:, :, -1], allowed[:, :, -1])
+        named, plain = named[:, :, :-1], plain[:, :, :-1]
+        of_rows = of_rows[:, :, :-1]
     similar = (of_keys > least + 1e-4).all(-1).all(-1) & (of_rows > least + 1e-4).all(-2).all(-1)
     assert torch.equal(named[similar], plain[similar])
 

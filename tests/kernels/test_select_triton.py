@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.testing import Case, cases, poisoned_empty
-from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPS, pytestmark  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -21,7 +21,7 @@ from sparsepass.kernels.blocks import blocks_per_row, list_width
 from sparsepass.kernels.reference import block_scores_reference, listed_blocks, select_blocks_reference
 from sparsepass.kernels.select_triton import select_blocks_cuda
 
-DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 72}
+DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 72, "groups": GROUPS}
 if GPU:
     DRAWN |= {
         "dtypes": (torch.bfloat16, torch.float32),
@@ -84,7 +84,7 @@ def test_ties_go_to_the_lower_index(case: Case, density: float) -> None:
     assert torch.equal(lists, expected)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=FEWER)
 @given(cases(**DRAWN, bad=True), st.floats(0, 1))
 def test_nonfinite_scores_keep_lists_valid_and_forced_blocks(case: Case, density: float) -> None:
     inputs = case.tensors(DEVICE)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.testing import Case, cases, poisoned_empty
-from tests.kernels.device import DEVICE, EXAMPLES, GPU, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPS, pytestmark  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -32,8 +32,8 @@ from tests.kernels.slash_checks import (
 )
 
 STEPS = triton_steps()
-FEWER = EXAMPLES if GPU else 4
 DRAWN: dict[str, Any] = {"lists": ("full",), "equal_v_dim": True, "max_len": 130, "head_dims": (16, 24)}
+DRAWN["groups"] = GROUPS
 if GPU:
     DRAWN |= {
         "dtypes": (torch.bfloat16, torch.float32),

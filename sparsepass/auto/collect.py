@@ -1,0 +1,113 @@
+"""Run a model on tasks under cheap budgets; note the signals of each prefill and whether its answer was right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sparsepass import counters
+from sparsepass.auto.caches import changed
+from sparsepass.auto.probe import Probe, probe
+from sparsepass.auto.records import Place
+from sparsepass.calibrate.switch import BudgetSwitch
+from sparsepass.methods import encode_budget
+from sparsepass.models import device_of
+from sparsepass.tasks.base import stable_seed
+from sparsepass.tasks.tokens.drawing import TokenTask
+from sparsepass.types import Budget
+
+TOKENS_AT_ONCE = {"cpu": 1, "cuda": 2**17}
+"""Tokens of a batch; on the CPU one request at a time, as more would not be faster."""
+
+
+def collect(
+    model: Any,
+    tasks: Sequence[TokenTask],
+    lengths: Sequence[int],
+    budgets: Sequence[Budget],
+    *,
+    templates: Sequence[int] = (0, 1),
+    requests: int = 128,
+    seed: int = 0,
+    settings: Probe | None = None,
+    time_limit: float = 0.0,
+    done: Callable[[Place], None] = lambda place: None,
+) -> list[Place]:
+    """The places of every task, template and length under dense and each of ``budgets``.
+
+    ``model``, of transformers, is compiled in place. Requests are prompts without answers; their answers follow on the
+    cache by teacher forcing, so they are right exactly where greedy decoding gives them. ``time_limit``: seconds after
+    which no further task and template is begun; 0: none.
+    """
+    switch = BudgetSwitch(budgets)
+    model.compile(backend=switch, dynamic=True)
+    chosen = settings or Probe()
+    places: list[Place] = []
+    started = time.monotonic()
+    for length in sorted(lengths):
+        for task in tasks:
+            for template in templates:
+                if time_limit and time.monotonic() - started > time_limit:
+                    return places
+                ids, answers = draw(replace(task, template=template), length, requests, seed, device_of(model))
+                for budget in (None, *switch.budgets):
+                    switch.active = budget
+                    before = counters.total()
+                    right, signals = measure(model, ids, answers, None if budget is None else chosen)
+                    ran = counters.total() - before
+                    density = 1.0 if budget is None else ran.density or 1.0
+                    text = "dense" if budget is None else encode_budget(budget)
+                    places.append(
+                        Place(task.name, str(task.task_class), template, length, text, density, right, signals)
+                    )
+                    done(places[-1])
+    return places
+
+
+def draw(
+    task: TokenTask, length: int, requests: int, seed: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [N, S] and answers [N, A], int64; with the answer a request has ``length`` tokens."""
+    generator = torch.Generator(device).manual_seed(stable_seed("auto", task.name, task.template, length, seed))
+    drawn = task.draw_many(requests, length, generator)
+    return torch.cat([drawn.context, drawn.prompts[:, 0]], -1), drawn.answers[:, 0]
+
+
+def measure(
+    model: Any, ids: torch.Tensor, answers: torch.Tensor, settings: Probe | None
+) -> tuple[tuple[bool, ...], dict[str, tuple[float, ...]]]:
+    """Whether each answer is right, and the signals of its prefill by name; none without settings."""
+    right: list[bool] = []
+    signals: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for rows in _batches(len(ids), ids.shape[1], ids.device):
+            asked, wanted = ids[rows], answers[rows]
+            out = model(input_ids=asked, use_cache=True, logits_to_keep=1)
+            logits = out.logits[:, -1]
+            right += _right(model, logits, out.past_key_values, wanted).tolist()
+            if settings is not None:
+                found = probe(model, asked, out.past_key_values, logits, settings)
+                for name, column in found.items():
+                    signals.setdefault(name, []).extend(column.tolist())
+    rounded = {name: tuple(round(value, 5) for value in column) for name, column in signals.items()}
+    return tuple(right), rounded
+
+
+def _right(model: Any, logits: torch.Tensor, cache: Any, answers: torch.Tensor) -> torch.Tensor:
+    """Whether each answer [B, A] is the most likely one, token by token, after the right ones before it; bool [B]."""
+    right = logits.argmax(-1) == answers[:, 0]
+    if answers.shape[1] > 1:
+        twin = changed(cache, lambda held: held)
+        rest = type(model).forward(model, input_ids=answers[:, :-1], past_key_values=twin, use_cache=True)
+        right &= (rest.logits.argmax(-1) == answers[:, 1:]).all(-1)
+    return right
+
+
+def _batches(count: int, length: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, min(count, TOKENS_AT_ONCE.get(device.type, 2**17) // length))
+    for start in range(0, count, size):
+        yield slice(start, start + size)

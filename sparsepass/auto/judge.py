@@ -1,0 +1,127 @@
+"""What a score is worth: which requests it would run again, what that costs, and what is lost all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparsepass.auto.fit import Rows
+from sparsepass.auto.records import Place
+from sparsepass.calibrate.bounds import upper_bound
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place judged. ``questions``: that dense answers right. ``again``: share of them that ran again. ``missed``:
+    trusted, and lost. ``upper``: bound of the missed share. ``cost``: share of dense attention, probe included."""
+
+    place: Place
+    questions: int
+    again: float
+    missed: int
+    upper: float
+    cost: float
+
+    @property
+    def kept(self) -> float:
+        return 1.0 - self.missed / self.questions if self.questions else 1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All cells, weighted equally."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def cost(self) -> float:
+        return sum(cell.cost for cell in self.cells) / len(self.cells)
+
+    @property
+    def kept(self) -> float:
+        return sum(cell.kept for cell in self.cells) / len(self.cells)
+
+    @property
+    def worst(self) -> Cell:
+        return min(self.cells, key=lambda cell: cell.kept)
+
+    @property
+    def tasks(self) -> dict[str, tuple[int, int]]:
+        """Missed, and questions, of each task over all its cells."""
+        found: dict[str, tuple[int, int]] = {}
+        for cell in self.cells:
+            missed, count = found.get(cell.place.task, (0, 0))
+            found[cell.place.task] = (missed + cell.missed, count + cell.questions)
+        return found
+
+    @property
+    def least_kept(self) -> float:
+        """Of the dense accuracy, by the task that keeps least."""
+        return min(1 - missed / count for missed, count in self.tasks.values() if count)
+
+
+def judge(rows: Rows, score: torch.Tensor, threshold: float, probe_cost: dict[int, float], error: float) -> Verdict:
+    """Rows whose score is ``threshold`` or more run again, densely. ``probe_cost``: share by length."""
+    again = score >= threshold
+    cells = []
+    for number, place in enumerate(rows.cells):
+        here = rows.cell == number
+        count = int(here.sum())
+        missed = int((here & rows.lost & ~again).sum())
+        share = float(again[here].double().mean()) if count else 0.0
+        cost = place.density + probe_cost.get(place.length, 0.0) + share
+        cells.append(Cell(place, count, share, missed, upper_bound(missed, count, error), cost))
+    return Verdict(tuple(cells))
+
+
+def known_before(rows: Rows, score: torch.Tensor, threshold: float, error: float) -> Verdict:
+    """As ``judge``, for a score that is known before anything ran: no cheap pass where it says dense."""
+    ran = judge(rows, score, threshold, {}, error)
+    cells = [
+        Cell(
+            cell.place,
+            cell.questions,
+            cell.again,
+            cell.missed,
+            cell.upper,
+            cell.again + (1 - cell.again) * cell.place.density,
+        )
+        for cell in ran.cells
+    ]
+    return Verdict(tuple(cells))
+
+
+def auc(score: torch.Tensor, lost: torch.Tensor) -> float:
+    """The chance that a lost row scores above a kept one, ties half; NaN where there are none of either."""
+    if not lost.any() or lost.all():
+        return float("nan")
+    order = score.double().sort()
+    _, inverse, counts = torch.unique_consecutive(order.values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    rank = (ends - (counts - 1) / 2.0)[inverse]
+    ranks = torch.empty_like(order.values)
+    ranks[order.indices] = rank.double()
+    bad = int(lost.sum())
+    good = len(lost) - bad
+    return float((ranks[lost].sum() - bad * (bad + 1) / 2) / (bad * good))
+
+
+def resampled(rows: Rows, generator: torch.Generator) -> torch.Tensor:
+    """Numbers of rows drawn anew, with replacement, within each cell."""
+    picked = []
+    for cell in range(len(rows.cells)):
+        here = (rows.cell == cell).nonzero().squeeze(1)
+        if len(here):
+            picked.append(here[torch.randint(len(here), (len(here),), generator=generator)])
+    return torch.cat(picked)
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Percentiles, both NaN for nothing."""
+    held = torch.tensor([value for value in values if value == value], dtype=torch.float64)
+    if not len(held):
+        return float("nan"), float("nan")
+    side = (1 - confidence) / 2
+    return float(held.quantile(side)), float(held.quantile(1 - side))
