@@ -20,7 +20,7 @@ from tests.test_calibrate import SINGLE, Named
 
 CHAINS = Named("chains", TaskClass.MULTI_HOP)
 BUDGETS = ladders(["a_shape(sink=64, block=64, last=2)=64,256", "pooled_topk(density=0.1, block=64, last=2)=0.2,0.5"])
-LOW = BUDGETS["a_shape"][0]
+LOW = BUDGETS["a_shape, last=2"][0]
 LAYERS, HEADS = 6, 4
 
 
@@ -67,7 +67,9 @@ def test_layers_that_matter_stay_dense() -> None:
     assert (best.method, best.status) == (METHOD, Status.SAFE)
     assert best.budget == Layered((LOW, LOW, None, LOW, None, LOW))
     assert best.density == pytest.approx((4 * 0.1 + 2) / 6)
-    assert [cell.method for cell in found.cells if cell.task == "single"] == ["a_shape"] * 2  # nothing to gain there
+    assert [cell.method for cell in found.cells if cell.task == "single"] == [
+        "a_shape, last=2"
+    ] * 2  # nothing to gain there
     later = [cell for cell in found.cells if (cell.task, cell.length, cell.method) == ("chains", 4096, METHOD)]
     assert len([trial for trial in later[0].trials if not trial.held_out]) == 1  # what held at 1K was tried first
 
@@ -138,7 +140,7 @@ def test_a_policy_by_layer_is_judged_and_both_hypotheses_tested() -> None:
     assert judged.keeps(None)
     assert judged.density(None) == pytest.approx((0.1 + 0.4) / 2)
     assert judged.best_fixed == judged.steps - 1  # dense
-    test = hypotheses_of(judged, "a_shape")
+    test = hypotheses_of(judged, "a_shape, last=2")
     assert [(one.tolerant.task, one.other.task) for one in test.differs] == [("single", "chains")]
     assert test.differs[0].gap > 0.4
     assert {one.task: one.verdict for one in test.falls} == {"single": "nothing is lost", "chains": "not shown"}

@@ -73,6 +73,7 @@ class CalibrateOptions(Asked):
     name: str = option("calibrated", "Of the policy.", _OUTPUT)
     out: Path | None = option(None, "Policy file.", _OUTPUT)
     report: Path | None = option(None, "HTML report.", _OUTPUT)
+    plot: Path | None = option(None, "Picture of the heat map.", _OUTPUT)
     details: Path | None = option(None, "JSON file of every cell and trial.", _OUTPUT)
 
 
@@ -117,6 +118,11 @@ def run(options: CalibrateOptions) -> int:
         from sparsepass.calibrate.report import write_html
 
         write_html(found, options.name, options.report)
+    if options.plot is not None:
+        from sparsepass.calibrate.plots import draw_calibration
+
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw_calibration(found, options.plot)
     if options.details is not None:
         options.details.parent.mkdir(parents=True, exist_ok=True)
         options.details.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")

@@ -119,8 +119,9 @@ def _differ(test: Tested, fits: dict[str, Fit]) -> str:
             f"{one.other.budget}{safe}"
         )
     alike = f" Not told apart: {', '.join(f'{one} and {other}' for one, other in test.alike)}." if test.alike else ""
-    told = f"differs by task ({len(shown)} of {len(shown) + len(test.alike)} pairs; all bounds 95% at once): "
-    return f"{test.method}: tolerance {told if shown else 'is not shown to differ by task.'}{'; '.join(shown)}.{alike}"
+    pairs = len(shown) + len(test.alike)
+    told = f"differs by task ({len(shown)} of {pairs} pairs; all bounds 95% at once): {'; '.join(shown)}"
+    return f"{test.method}: tolerance {told if shown else 'is not shown to differ by task'}.{alike}"
 
 
 def _fall(test: Tested) -> str:

@@ -1,10 +1,13 @@
-"""Plots of an evaluation: the law of safe density by length, and the worst loss by compute."""
+"""Plots: the heat map task by length of a calibration or an evaluation, and of the latter the law and the compute."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sparsepass.calibrate.cell import Cell, Status
 from sparsepass.calibrate.evaluate import Evaluation
+from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.words import tokens
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
@@ -17,35 +20,70 @@ def draw(found: Evaluation, folder: Path) -> list[Path]:
     return [_map(found, paths[0]), _law(found, paths[1]), _compute(found, paths[2])]
 
 
+def draw_calibration(found: Calibration, path: Path) -> Path:
+    """The heat map task by length, a panel per method: what the sparsest verified budget computes."""
+    cells = {(cell.method, cell.task, cell.length): cell for cell in found.cells}
+    methods = list(dict.fromkeys(cell.method for cell in found.cells))
+    panels = {}
+    for method in methods:
+        panels[method] = [[_held(cells.get((method, task, one))) for one in found.lengths] for task in found.tasks]
+    label = f"share computed (loss of at most {found.goal.loss:.0%})"
+    return _heat(panels, list(found.tasks), list(found.lengths), label, path)
+
+
+def _held(cell: Cell | None) -> tuple[float, str]:
+    if cell is None:
+        return float("nan"), "-"
+    return cell.density, f"{cell.density:.2f}" if cell.status is Status.SAFE else str(cell.status).replace(" ", "\n")
+
+
 def _map(found: Evaluation, path: Path) -> Path:
     """The heat map task by length, a panel per method: the share of the attention that has to be computed."""
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(place.task for place in found.every))
     lengths = sorted({place.length for place in found.every})
-    count = max(1, len(found.methods))
-    figure = Figure(
-        figsize=(0.8 + (0.75 * len(lengths) + 0.4) * count + 1.2, 1.1 + 0.5 * len(tasks)), layout="constrained"
-    )
-    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    fails = {(place.task, place.length) for place in found.every if place.fails}
+    panels = {}
+    for method in found.methods:
+        fits = found.fits(method)
+        safe = {(task, length): one.value for task, fit in fits.items()
+                for length, one in zip(fit.lengths, fit.safe, strict=True)}  # fmt: skip
+        panels[method] = [
+            [
+                (safe[task, length], f"{safe[task, length]:.2f}") if (task, length) in safe
+                else (float("nan"), "dense\nfails" if (task, length) in fails else "-")
+                for length in lengths
+            ]
+            for task in tasks
+        ]  # fmt: skip
+    return _heat(panels, tasks, lengths, f"safe density (loss of {found.tolerated:.0%})", path)
+
+
+def _heat(
+    panels: Mapping[str, Sequence[Sequence[tuple[float, str]]]],
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    label: str,
+    path: Path,
+) -> Path:
+    """Densities with their texts, [tasks][lengths] of each panel; no color where a density is NaN."""
+    from matplotlib.figure import Figure
+
+    size = (2.0 + (0.75 * len(lengths) + 0.4) * max(1, len(panels)), 1.1 + 0.5 * len(tasks))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     image = None
-    for axes, method in zip(panels, found.methods, strict=False):
-        grid = [[float("nan")] * len(lengths) for _ in tasks]
-        for task, fit in found.fits(method).items():
-            for length, safe in zip(fit.lengths, fit.safe, strict=True):
-                grid[tasks.index(task)][lengths.index(length)] = safe.value
-        image = axes.imshow(grid, vmin=0.0, vmax=1.0, cmap="viridis_r", aspect="auto")
-        for row, values in enumerate(grid):
-            for column, value in enumerate(values):
-                text = "dense\nfails" if value != value else f"{value:.2f}"
-                axes.text(
-                    column, row, text, ha="center", va="center", color="white" if value > 0.5 else "black", size=8
-                )
-        axes.set_title(method, size=9)
-        axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
-    panels[0].set_yticks(range(len(tasks)), tasks)
+    for panel, (title, rows) in zip(axes, panels.items(), strict=False):
+        values = [[density for density, _ in row] for row in rows]
+        image = panel.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis_r", aspect="auto")
+        for row, cells in enumerate(rows):
+            for column, (density, text) in enumerate(cells):
+                ink = "white" if density > 0.5 else "black"
+                panel.text(column, row, text, ha="center", va="center", color=ink, size=8)
+        panel.set_title(title, size=9)
+        panel.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
+    axes[0].set_yticks(range(len(tasks)), tasks)
     if image is not None:
-        figure.colorbar(image, ax=list(panels), label=f"safe density (loss of {found.tolerated:.0%})")
+        figure.colorbar(image, ax=list(axes), label=label)
     figure.savefig(path, dpi=150)
     return path
 

@@ -45,11 +45,11 @@ def ladders(methods: Sequence[str]) -> dict[str, tuple[Budget, ...]]:
     found: dict[str, tuple[Budget, ...]] = {}
     for text in methods:
         steps = ladder(text)
-        name = steps[0].method
+        params = steps[0].params
+        name = f"{steps[0].method}, last={params['last']}" if params.get("last") else steps[0].method
         if name in found:
             dial = make_method(steps[0]).dial
-            kept = ", ".join(f"{key}={value}" for key, value in sorted(steps[0].params.items()) if key != dial)
-            name = f"{name}({kept})"
+            name = f"{steps[0].method}({', '.join(f'{key}={params[key]}' for key in sorted(params) if key != dial)})"
         found[name] = steps
     return found
 
