@@ -205,5 +205,7 @@ def test_a_collected_place_has_answers_density_and_every_signal(fresh_dynamo: No
     tasks = [task for task in TOKEN_TASKS if task.name == "token_needle"]
     dense, sparse = collect(net, tasks, [512], [cheap, cheap], templates=[0], requests=2)
     assert (dense.budget, dense.density, len(dense.right), dense.signals) == ("dense", 1.0, 2, {})
-    assert sparse.budget.startswith("a_shape") and sparse.density < 0.7
-    assert set(sparse.signals) == set(SIGNALS) and all(len(column) == 2 for column in sparse.signals.values())
+    assert sparse.budget.startswith("a_shape")
+    assert sparse.density < 0.7
+    assert set(sparse.signals) == set(SIGNALS)
+    assert all(len(column) == 2 for column in sparse.signals.values())
