@@ -43,7 +43,7 @@ def collect(
     cache by teacher forcing, so they are right exactly where greedy decoding gives them. ``time_limit``: seconds after
     which no further task and template is begun; 0: none.
     """
-    switch = BudgetSwitch(budgets)
+    switch = BudgetSwitch()
     model.compile(backend=switch, dynamic=True)
     chosen = settings or Probe()
     places: list[Place] = []
@@ -54,7 +54,7 @@ def collect(
                 if time_limit and time.monotonic() - started > time_limit:
                     return places
                 ids, answers = draw(replace(task, template=template), length, requests, seed, device_of(model))
-                for budget in (None, *switch.budgets):
+                for budget in (None, *dict.fromkeys(budgets)):
                     switch.active = budget
                     before = counters.total()
                     right, signals = measure(model, ids, answers, None if budget is None else chosen)
