@@ -1,7 +1,8 @@
 """Replace planned sites in a graph. The only module that mutates one, and only a clone of what Dynamo captured.
 
-Nothing is erased but the replaced node: what it needed alone is dead code, which AOTAutograd drops. Dead code is never
-eliminated here, because a Dynamo graph holds writes (``index_copy_`` into a cache) that no node reads.
+Nothing is erased but the replaced node: what it needed alone is dead code, which AOTAutograd drops. Dead code is not
+eliminated here, because a Dynamo graph holds writes (``index_copy_`` into a cache) that no node reads; without a
+compiler ``drop_dead_masks`` takes the masks out.
 """
 
 from __future__ import annotations
@@ -257,3 +258,30 @@ class Rewriter:
     def _size(self, node: Operand, axis: int) -> Any:
         size = shape(node)[axis]
         return size if isinstance(size, int) else self._call("size", self._node(node), axis)
+
+
+def drop_dead_masks(graph: fx.Graph) -> None:
+    """Drop the masks of a rewritten clone that no site reads any more, where no compiler will.
+
+    Only what yields a boolean tensor, and what that alone needed, is dropped: nothing in a graph that writes does.
+    """
+    doomed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.users or node.op not in ("call_function", "call_method") or _writes(node):
+            continue
+        held = node.meta.get("example_value")
+        if node in doomed or (isinstance(held, torch.Tensor) and held.dtype is torch.bool):
+            doomed.update(node.all_input_nodes)
+            graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node may change a tensor in place: by its name, as torch and ``operator`` spell such functions."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _CHANGING
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in node.kwargs
+
+
+_CHANGING = {"setitem", "delitem"} | {f"i{one}" for one in ("add", "and", "concat", "floordiv", "lshift", "matmul")}
+_CHANGING |= {f"i{one}" for one in ("mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")}

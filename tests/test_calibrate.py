@@ -16,6 +16,7 @@ from sparsepass.calibrate.log import Log
 from sparsepass.calibrate.report import html, table
 from sparsepass.calibrate.run import calibrate, check_goal, ladders
 from sparsepass.calibrate.search import HELD_OUT
+from sparsepass.calibrate.setting import Setting
 from sparsepass.errors import OptionError, PolicyError
 from sparsepass.hints import Level
 from sparsepass.policy import Policy
@@ -63,13 +64,14 @@ class MadeUp:
     def true_loss(self, task: str, length: int, density: float) -> float:
         return self.rest if density >= self.need[task, length] else self.under
 
-    def run(self, task: str, length: int, seed: int, budget: Budget | None) -> Outcome:
+    def run(self, task: str, length: int, seed: int, budget: Setting | None) -> Outcome:
         text = "dense" if budget is None else str(budget)
         self.asked.setdefault((task, length), set()).add((seed, text))
         draw = random.Random(f"{self.world} {task} {length} {seed}")
         right = [draw.random() < self.dense for _ in range(self.questions)]
         if budget is None:
             return Outcome(tuple(map(float, right)), 1.0)
+        assert isinstance(budget, Budget)
         density = float(budget.params["density"])
         loss = self.true_loss(task, length, density)
         falls = [draw.random() for _ in right]
@@ -83,7 +85,7 @@ def test_finds_the_sparsest_safe_budget_with_few_questions() -> None:
     meter = MadeUp(need)
     goal = Goal(loss=0.05)
     found = calibrate(meter, [SINGLE, TOP], [4096, 1024], STEPS, goal)
-    safe = {(cell.task, cell.length): cell.budget.params["density"] for cell in found.cells if cell.budget}
+    safe = {(c.task, c.length): c.budget.params["density"] for c in found.cells if isinstance(c.budget, Budget)}
     assert safe == need
     assert all(cell.status is Status.SAFE and cell.high <= 0.05 for cell in found.cells)
     runs = sum(len(asked) for asked in meter.asked.values())
@@ -153,8 +155,8 @@ def test_with_too_few_questions_nothing_is_claimed() -> None:
 
 def test_a_second_method_is_only_asked_what_it_could_better() -> None:
     both = ladders(["pooled_topk", "vertical_slash"])
-    found = calibrate(MadeUp({("single", 1024): 0.18}), [SINGLE], [1024], both, Goal(loss=0.05))
-    second = [trial.budget.params["density"] for trial in found.cells[1].trials]
+    found = calibrate(MadeUp({("single", 65536): 0.18}), [SINGLE], [65536], both, Goal(loss=0.05))
+    second = [trial.budget.params["density"] for trial in found.cells[1].trials if isinstance(trial.budget, Budget)]
     assert found.cells[1].status is not Status.SAFE
     assert max(second) < 0.18
 
@@ -234,7 +236,7 @@ class Kept:
         self.model = MadeUp({("single", 1024): 0.12})
         self.runs = 0
 
-    def run(self, task: str, length: int, seed: int, budget: Budget | None) -> Outcome:
+    def run(self, task: str, length: int, seed: int, budget: Setting | None) -> Outcome:
         key = (task, length, seed, str(budget))
         found = self.log.get(key)
         if found is None:

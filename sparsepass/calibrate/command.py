@@ -208,7 +208,7 @@ class Session:
         log = Log(first, {**about, **asked}, options.log[1:])
         share = questions or partial(QUESTIONS.get(mode, one_question), align=align)
         rows = TokenRows(model) if mode == "forced" and questions in (0, 1) else None
-        scorer = partial(score, align=align, **({"mode": mode} if mode else {}))
+        scorer = partial(score, align=align, mode=cast("Mode | None", mode or None))
         meter = ModelMeter(model, tasks, BudgetSwitch(), log, scorer, share, rows)
         return Session(model, tasks, meter, about, log)
 

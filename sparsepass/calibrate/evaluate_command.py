@@ -10,7 +10,8 @@ from typing import Any
 
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
-from sparsepass.calibrate.command import NOMINAL, QUESTIONS, Asked, Bars, Session, mode_of, weights_of
+from sparsepass.calibrate.cell import NOMINAL
+from sparsepass.calibrate.command import QUESTIONS, Asked, Bars, Session, mode_of, weights_of
 from sparsepass.calibrate.evaluate import Evaluation, Measured, evaluate
 from sparsepass.calibrate.hypotheses import hypotheses_of
 from sparsepass.calibrate.run import ladders

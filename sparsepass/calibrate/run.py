@@ -14,6 +14,7 @@ from sparsepass.calibrate.refine import METHOD as LAYERS
 from sparsepass.calibrate.refine import Refine, Refinement
 from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.search import ATTEMPTS, LOOKS, Search
+from sparsepass.calibrate.setting import setting_text
 from sparsepass.errors import OptionError
 from sparsepass.methods import make_method
 from sparsepass.tasks.base import Task
@@ -144,7 +145,11 @@ def _start(cells: Sequence[Cell], task: Task, method: str, steps: Sequence[Budge
     mine = [cell for cell in cells if cell.method == method and cell.budget in steps]
     same = [cell for cell in mine if cell.task == task.name]
     last = (same or mine)[-1:] if (same or mine) else []
-    return list(steps).index(last[0].budget) if last and last[0].budget is not None else len(steps) // 2
+    return (
+        [*map(setting_text, steps)].index(setting_text(last[0].budget))
+        if last and last[0].budget is not None
+        else len(steps) // 2
+    )
 
 
 def _worth_trying(steps: Sequence[Budget], best: float, length: int) -> Sequence[Budget]:

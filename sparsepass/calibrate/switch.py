@@ -16,6 +16,7 @@ from sparsepass.ops import SPARSE_ATTENTION, prepare
 from sparsepass.pipeline import CompiledGraph, backend
 from sparsepass.policy import Policy
 from sparsepass.policy_rules import Rule
+from sparsepass.rewrite import drop_dead_masks
 from sparsepass.types import EXACT, Budget
 
 _BUDGET, _SLOT = 9, 10
@@ -104,32 +105,9 @@ def _module(graph: CompiledGraph) -> fx.GraphModule:
 
 def _without_dead_masks(graph: CompiledGraph) -> Callable[..., Any]:
     """The graph's module without the masks that no site reads any more, which Inductor would have dropped: they grow
-    with the square of the length.
-
-    Only what yields a boolean tensor, and what that alone needed, is dropped: nothing in a graph that writes does.
-    """
+    with the square of the length."""
     module = _module(graph)
-    if module is graph.captured:
-        return module.forward  # type: ignore[no-any-return]
-    doomed: set[fx.Node] = set()
-    for node in reversed(module.graph.nodes):
-        if node.users or node.op not in ("call_function", "call_method") or _writes(node):
-            continue
-        held = node.meta.get("example_value")
-        if node in doomed or (isinstance(held, torch.Tensor) and held.dtype is torch.bool):
-            doomed.update(node.all_input_nodes)
-            module.graph.erase_node(node)
-    module.recompile()
+    if module is not graph.captured:
+        drop_dead_masks(module.graph)
+        module.recompile()
     return module.forward  # type: ignore[no-any-return]
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node may change a tensor in place: by its name, as torch and ``operator`` spell such functions."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in _CHANGING
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in node.kwargs
-
-
-_CHANGING = {"setitem", "delitem"} | {f"i{one}" for one in ("add", "and", "concat", "floordiv", "lshift", "matmul")}
-_CHANGING |= {f"i{one}" for one in ("mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")}
