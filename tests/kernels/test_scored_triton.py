@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.testing import Case, cases, poisoned_empty
-from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPS, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPED, GROUPS, pytestmark  # noqa: F401
 from tests.kernels.select_cases import assert_rule_holds, rules, score_error, tolerance
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -61,7 +61,9 @@ def selected(
     return named, scores, inputs.q, inputs.k, inputs.mask, counter.tolist()
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES if GPU else 6)
+@example(GROUPED, Rule("coverage", 0.5, "mass"), (1, 1))
+@example(GROUPED, Rule("threshold", 0.5, "antidiagonal", stride=8), (0, 1))
 @given(cases(**DRAWN), rules(), st.sampled_from([None, (0, 0), (0, 1), (1, 0), (1, 1)]))
 def test_lists_what_the_rule_takes(case: Case, rule: Rule, dial_shape: tuple[int, int] | None) -> None:
     dial = None

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.testing import Case, cases, poisoned_empty
-from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPS, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPED, GROUPS, pytestmark  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -48,6 +48,7 @@ def differing_scores(case: Case, q: Tensor, k: Tensor, mask: dict[str, Any], got
 
 
 @settings(max_examples=EXAMPLES)
+@example(GROUPED, 0.7, False, 1)
 @given(cases(**DRAWN), st.floats(0, 1.1), st.booleans(), st.sampled_from([0, 1, 2, 99]))
 def test_selects_what_the_reference_selects(case: Case, density: float, per_head: bool, last: int) -> None:
     inputs = case.tensors(DEVICE)

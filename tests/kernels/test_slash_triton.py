@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepass.testing import Case, cases, poisoned_empty
-from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPS, pytestmark  # noqa: F401
+from tests.kernels.device import DEVICE, EXAMPLES, FEWER, GPU, GROUPED, GROUPS, pytestmark  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -43,7 +44,8 @@ if GPU:
     }
 
 
-@settings(max_examples=FEWER)
+@settings(max_examples=FEWER if GPU else 3)
+@example(GROUPED if GPU else replace(GROUPED, kv_len=100, offset=60), 64)
 @given(cases(**DRAWN), st.sampled_from([64, 128]))
 def test_estimate(case: Case, queries: int) -> None:
     drawn = Drawn.of(case, DEVICE)
