@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import fx
 from sparsepass import dynamo
 
 ROOT = Path(__file__).resolve().parent.parent
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 SMALL = {
     "answers": [
         "--length",
@@ -90,7 +92,9 @@ def test_every_example_is_listed() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize(
+    "name", sorted(set(SMALL) - ({"guard"} if not DEEP else set()))
+)  # test_guard.py runs its parts
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

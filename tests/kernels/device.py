@@ -11,7 +11,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 
-EXAMPLES = 400 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 25 if GPU else 8
+EXAMPLES = 400 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 25 if GPU else 6
 """Cases drawn by each property; the interpreter takes a second or two for one."""
 
 FEWER = EXAMPLES if GPU else max(4, EXAMPLES // 2)
