@@ -143,7 +143,8 @@ def is_scalar(operand: Operand) -> bool:
     return isinstance(held, int | float | torch.SymInt | torch.SymFloat) and not isinstance(held, bool)
 
 
-_INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "setitem"})
+_INPLACE = "add sub mul truediv floordiv mod pow matmul concat lshift rshift and or xor"
+_INPLACE_OPERATORS = frozenset({"setitem", "delitem"} | {f"i{name}" for name in _INPLACE.split()})
 
 
 def mutates(node: fx.Node) -> bool:
@@ -154,7 +155,7 @@ def mutates(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.startswith("_")
+    in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in _INPLACE_OPERATORS or node.kwargs.get("out") is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from dataclasses import dataclass, replace
@@ -125,11 +126,21 @@ def random_inputs(model: Any, *, length: int, batch: int, padding: Padding = "no
 
 
 def device_of(model: Any) -> torch.device:
-    """Where the model's first parameter lies; the CPU for a model without any."""
+    """Where the model's first parameter lies; the CPU for a model, or a function, without any."""
     import torch
 
-    first = next(iter(model.parameters()), None)
+    first = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
     return torch.device("cpu") if first is None else first.device
+
+
+def branch(cache: Any) -> Any:
+    """A ``DynamicCache`` that grows by itself from what this one holds.
+
+    It shares the tensors: layers that grow bind new ones, and write into none.
+    """
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
 
 
 def _transformers() -> Any:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsepass.canon import Made, Operand, nodes_of, value
+from sparsepass.canon import Made, Operand, mutates, nodes_of, value
 from sparsepass.entries import budget_text, by_row
 from sparsepass.hints import parse_hint_text
 from sparsepass.mask import MaskTerms, is_bool
@@ -267,21 +267,9 @@ def drop_dead_masks(graph: fx.Graph) -> None:
     """
     doomed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.users or node.op not in ("call_function", "call_method") or _writes(node):
+        if node.users or node.op not in ("call_function", "call_method") or mutates(node):
             continue
         held = node.meta.get("example_value")
         if node in doomed or (isinstance(held, torch.Tensor) and held.dtype is torch.bool):
             doomed.update(node.all_input_nodes)
             graph.erase_node(node)
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a node may change a tensor in place: by its name, as torch and ``operator`` spell such functions."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name in _CHANGING
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in node.kwargs
-
-
-_CHANGING = {"setitem", "delitem"} | {f"i{one}" for one in ("add", "and", "concat", "floordiv", "lshift", "matmul")}
-_CHANGING |= {f"i{one}" for one in ("mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")}

@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from examples.testbed.evaluate import HELD_OUT
+from sparsepass.auto.probe import hoyer
 from sparsepass.tasks.tokens import TOKEN_TASKS, TokenTask
 from sparsepass.tasks.tokens.drawing import Random
 from sparsepass.tasks.tokens.multi_hop import HOPS
@@ -68,10 +69,9 @@ def sparsity(state: torch.Tensor) -> dict[str, torch.Tensor]:
     """The measures of vectors [N, d], each float64 [N]."""
     x = state.double()
     size, square = x.shape[-1], x.square()
-    hoyer = (math.sqrt(size) - x.abs().sum(-1) / square.sum(-1).sqrt()) / (math.sqrt(size) - 1)
     participation = square.sum(-1).square() / (size * square.square().sum(-1))
     small = (x.abs() < 0.1 * square.mean(-1, keepdim=True).sqrt()).double().mean(-1)
-    return {"hoyer": hoyer, "participation": participation, "small": small}
+    return {"hoyer": hoyer(x), "participation": participation, "small": small}
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ the cache as it was. Every other kind of cache is refused: a static one is writt
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from sparsepass.auto.error import AutoError
+from sparsepass.models import branch
 
 
 def length_of(cache: Any) -> int:
@@ -25,7 +26,7 @@ def keep(cache: Any) -> list[Any] | None:
     if cache is None:
         return None
     check(cache)
-    return [copy.copy(layer) for layer in cache.layers]
+    return list(branch(cache).layers)
 
 
 def put_back(cache: Any, kept: Sequence[Any] | None) -> None:
@@ -44,17 +45,6 @@ def check(cache: Any) -> None:
             f'task("auto") was given a {what}; accepted is a DynamicCache of full attention layers, whose state before '
             "a pass can be put back. Give that cache, or name the task's class instead of auto."
         )
-
-
-def changed(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Another cache, its keys and values [B, Hkv, S, D] changed; the one given stays as it is."""
-    twin = copy.copy(cache)
-    twin.layers = []
-    for layer in cache.layers:
-        other = copy.copy(layer)
-        other.keys, other.values = change(layer.keys), change(layer.values)
-        twin.layers.append(other)
-    return twin
 
 
 def merge(cache: Any, other: Any, rows: torch.Tensor) -> None:

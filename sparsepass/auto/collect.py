@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 
-from sparsepass.auto.caches import changed
 from sparsepass.auto.probe import Probe, probe
 from sparsepass.auto.records import Place
 from sparsepass.calibrate.switch import BudgetSwitch, counted
 from sparsepass.methods import encode_budget
-from sparsepass.models import device_of
+from sparsepass.models import branch, device_of
 from sparsepass.tasks.base import stable_seed
+from sparsepass.tasks.score import TOKENS_AT_ONCE
 from sparsepass.tasks.tokens.drawing import TokenTask
 from sparsepass.types import Budget
-
-TOKENS_AT_ONCE = {"cpu": 1, "cuda": 2**17}
-"""Tokens of a batch; on the CPU one request at a time, as more would not be faster."""
 
 
 def collect(
@@ -100,8 +97,7 @@ def _right(model: Any, logits: torch.Tensor, cache: Any, answers: torch.Tensor) 
     """Whether each answer [B, A] is the most likely one, token by token, after the right ones before it; bool [B]."""
     right = logits.argmax(-1) == answers[:, 0]
     if answers.shape[1] > 1:
-        twin = changed(cache, lambda held: held)
-        rest = type(model).forward(model, input_ids=answers[:, :-1], past_key_values=twin, use_cache=True)
+        rest = type(model).forward(model, input_ids=answers[:, :-1], past_key_values=branch(cache), use_cache=True)
         right &= (rest.logits.argmax(-1) == answers[:, 1:]).all(-1)
     return right
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsepass.auto.attention import Attention
-from sparsepass.auto.caches import changed
 from sparsepass.auto.error import AutoError
+from sparsepass.models import branch
 
 SPREAD_BLOCK = 64
 """Tokens per block that the attention's spread is taken over."""
@@ -83,7 +83,7 @@ def probe(
     seen = _Seen(length)
     hidden = _rerun(model, ids, cache, last, real, first, seen, hidden=True)[1]
     found["spread"] = seen.spread()
-    found["activation"] = _hoyer(hidden[:, -1].float())
+    found["activation"] = hoyer(hidden[:, -1].float())
     if not settings.rows:
         return found
 
@@ -162,7 +162,7 @@ def _rerun(
         "input_ids": ids.gather(1, rows),
         "position_ids": (rows - first).clamp_min(0),
         "attention_mask": mask,
-        "past_key_values": changed(cache, lambda held: held),
+        "past_key_values": branch(cache),
         "use_cache": True,
         "logits_to_keep": 1,
         "output_hidden_states": hidden,
@@ -188,7 +188,7 @@ def _together(weights: torch.Tensor, rows: torch.Tensor, length: int) -> torch.T
     return held.scatter_add(-1, rows[:, None, None].expand_as(added), added)
 
 
-def _hoyer(values: torch.Tensor) -> torch.Tensor:
+def hoyer(values: torch.Tensor) -> torch.Tensor:
     """Hoyer's sparsity [B] of values [B, N] (arXiv cs/0408058): 0 all alike, 1 a single one."""
     root = math.sqrt(values.shape[-1])
     length: torch.Tensor = values.square().sum(-1).sqrt().clamp_min(TINY)

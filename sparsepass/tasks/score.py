@@ -17,7 +17,6 @@ What is sparse is the prefill. Four ways to answer, by how much they share and h
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sparsepass.hints import Hint, task
+from sparsepass.models import branch, device_of
 from sparsepass.tasks.base import Metric, Question, Sample, TaskError
 from sparsepass.tasks.metrics import exact_match
 
@@ -126,7 +126,7 @@ def _rows(model: Any, sample: Sample, mode: Mode) -> list[tuple[int, ...]]:
         sizes.setdefault((len(question.prompt), len(question.answer)), []).append(number)
     for (asked, size), numbers in sizes.items():
         length = len(sample.context) + asked
-        limit = TOKENS_AT_ONCE.get(_device(model).type, 2**17) if cache is None else CACHED_AT_ONCE
+        limit = TOKENS_AT_ONCE.get(device_of(model).type, 2**17) if cache is None else CACHED_AT_ONCE
         batch = min(len(numbers), max(1, limit // length))
         for start in range(0, len(numbers), batch):
             mine = numbers[start : start + batch]
@@ -145,7 +145,7 @@ def _batch(
     rows = [[*context, *question.prompt] for question in questions]
     start = len(rows[0])
     if mode == "generate":
-        ids = torch.tensor(rows, device=_device(model))
+        ids = torch.tensor(rows, device=device_of(model))
         new = size if sample.metric is exact_match else size + max(8, size // 2)
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
@@ -154,23 +154,16 @@ def _batch(
         return generated
     ids = torch.tensor([[*row, *question.answer] for row, question in zip(rows, questions, strict=True)])
     if cache is not None:
-        cache = _branch(cache)  # calls append to it
+        cache = branch(cache)  # calls append to it
         if len(rows) > 1:
             cache.batch_repeat_interleave(len(rows))
     forced: list[list[int]] = best_tokens(model, ids, [start - 1 + place for place in range(size)], cache).tolist()
     return forced
 
 
-def _branch(cache: Any) -> Any:
-    """A cache that grows by itself. It shares the tensors, since a cache that grows makes new ones."""
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
-
-
 def _prefilled(model: Any, context: Sequence[int]) -> Any:
     """The cache of the context, one row."""
-    ids = torch.tensor([context], device=_device(model))
+    ids = torch.tensor([context], device=device_of(model))
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
@@ -179,7 +172,7 @@ def best_tokens(model: Any, tokens: torch.Tensor, places: Sequence[int], cache: 
 
     On the model's device; nothing waits for it.
     """
-    device = _device(model)
+    device = device_of(model)
     where = torch.tensor(places, device=device)
     ids = tokens.to(device)
     if "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters:
@@ -187,8 +180,3 @@ def best_tokens(model: Any, tokens: torch.Tensor, places: Sequence[int], cache: 
         return out.logits.argmax(-1)  # type: ignore[no-any-return]
     out = model(ids)
     return getattr(out, "logits", out)[:, where].argmax(-1)  # type: ignore[no-any-return]
-
-
-def _device(model: Any) -> torch.device:
-    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
-    return torch.device("cpu") if parameter is None else parameter.device
