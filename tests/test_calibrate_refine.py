@@ -41,8 +41,9 @@ class Needy:
         fails = task == CHAINS.name and broken and seed % 4 != 0
         return Outcome((float(not fails),), sum(map(sum, shares)) / LAYERS / HEADS)
 
-    def prefetch(self, task: str, length: int, seeds: list[int], setting: Setting | None) -> None:
+    def prefetch(self, task: str, length: int, seeds: list[int], setting: Setting | None) -> bool:
         self.batches.append(len(seeds))
+        return True
 
     def _shares(self, setting: Setting | None, layer: int) -> list[float]:
         budget = layer_budget(setting, layer)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from scipy.special import betaincinv
 
 LEAST_CORRELATION = 0.02
 """Taken to hold between the questions of one context even where none was seen."""
@@ -21,38 +23,11 @@ LOST_SHARE = 0.8
 
 
 @functools.lru_cache(maxsize=4096)
-def beta_cdf(x: float, a: float, b: float) -> float:
-    """The regularized incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - beta_cdf(1.0 - x, b, a)
-    front = math.exp(a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
-    tiny = 1e-300
-    c, d = 1.0, 1.0 / max(1.0 - (a + b) * x / (a + 1), tiny)
-    value = d
-    for step in range(1, 1000):
-        even = step * (b - step) * x / ((a + 2 * step - 1) * (a + 2 * step))
-        odd = -(a + step) * (a + b + step) * x / ((a + 2 * step) * (a + 2 * step + 1))
-        for term in (even, odd):
-            d = 1.0 / (_away(1.0 + term * d, tiny))
-            c = _away(1.0 + term / c, tiny)
-            value *= c * d
-        if abs(c * d - 1.0) < 1e-14:
-            break
-    return front * value
-
-
-def _away(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny
-
-
-@functools.lru_cache(maxsize=4096)
 def upper_bound(events: float, trials: float, error: float) -> float:
     """The probability under which this few events would still come with probability ``error``; counts may be real."""
     if trials <= 0 or events >= trials:
         return 1.0
-    return _quantile(1.0 - error, events + 1.0, trials - events)
+    return float(betaincinv(events + 1.0, trials - events, 1.0 - error))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -60,15 +35,7 @@ def lower_bound(events: float, trials: float, error: float) -> float:
     """The probability over which this many events would still come with probability ``error``."""
     if trials <= 0 or events <= 0:
         return 0.0
-    return _quantile(error, events, max(trials - events, 0.0) + 1.0)
-
-
-def _quantile(share: float, a: float, b: float) -> float:
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if beta_cdf(middle, a, b) < share else (low, middle)
-    return high
+    return float(betaincinv(events, max(trials - events, 0.0) + 1.0, error))
 
 
 @dataclass
@@ -81,7 +48,7 @@ class Paired:
     lost: float = 0.0
     gained: float = 0.0
     contexts: int = 0
-    _clusters: tuple[tuple[float, float], ...] = ()
+    _clusters: list[tuple[float, float]] = field(default_factory=list)
     """(right, lost - gained) of each context."""
     _squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Sums over questions of net^2, net * dense, dense^2."""
@@ -95,7 +62,7 @@ class Paired:
         self.sparse += sum(sparse)
         self.lost += sum(one for one in net if one > 0)
         self.gained -= sum(one for one in net if one < 0)
-        self._clusters += ((sum(dense), sum(net)),)
+        self._clusters.append((sum(dense), sum(net)))
         both = zip(net, dense, strict=True)
         squares = [(one * one, one * right, right * right) for one, right in both]
         self._squares = (
@@ -132,17 +99,21 @@ class Paired:
 
     def upper(self, error: float) -> float:
         """A bound that the loss is over with probability ``error`` at most."""
-        trials = self.right / self.design_effect
-        lost, gained = self.lost / self.design_effect, self.gained / self.design_effect
-        return upper_bound(lost, trials, LOST_SHARE * error) - lower_bound(gained, trials, (1 - LOST_SHARE) * error)
+        effect = self.design_effect
+        return self._upper(self.lost / effect, self.gained / effect, self.right / effect, error)
 
-    def best_upper(self, error: float, questions: float) -> float:
-        """The upper bound after so many questions in all, if nothing more is lost and as much is gained as so far."""
+    def best_upper(self, error: float, questions: float, doubt: float) -> float:
+        """The upper bound after so many questions in all, if it goes well: no more is lost on the way than the rate
+        that the loss so far is under with probability ``doubt``, and as much is gained as so far."""
         if not self.questions:
             return 0.0
         more = max(1.0, questions / self.questions)
-        trials = more * self.right / self.design_effect
-        lost, gained = self.lost / self.design_effect, more * self.gained / self.design_effect
+        trials = self.right / self.design_effect
+        lost, gained = self.lost / self.design_effect, self.gained / self.design_effect
+        lost += (more - 1.0) * trials * lower_bound(lost, trials, doubt)
+        return self._upper(lost, more * gained, more * trials, error)
+
+    def _upper(self, lost: float, gained: float, trials: float, error: float) -> float:
         return upper_bound(lost, trials, LOST_SHARE * error) - lower_bound(gained, trials, (1 - LOST_SHARE) * error)
 
     def lower(self, error: float) -> float:

@@ -22,19 +22,19 @@ class Outcome:
 class Meter(Protocol):
     """Runs the model: the sample that a task draws for a length and seed, under a setting (None: dense).
 
-    One with ``prefetch(task, length, seeds, setting)`` is told which contexts will be asked about, to batch them.
+    One with ``prefetch(task, length, seeds, setting)`` is told which contexts will be asked about, to batch them; it
+    says whether it did.
     """
 
     def run(self, task: str, length: int, seed: int, setting: Setting | None, /) -> Outcome: ...
 
 
 def prefetch(meter: Meter, task: str, length: int, seeds: Sequence[int], setting: Setting | None) -> None:
-    """Tell a meter that takes it what will be asked: under the setting, and densely where that got something wrong."""
+    """Have a meter that can batch ask ahead: under the setting, and densely where that got something wrong."""
     ahead = getattr(meter, "prefetch", None)
     if ahead is None:
         return
-    ahead(task, length, seeds, setting)
-    if setting is not None:
+    if ahead(task, length, seeds, setting) and setting is not None:
         ahead(task, length, [s for s in seeds if min(meter.run(task, length, s, setting).scores) < 1], None)
 
 

@@ -20,8 +20,10 @@ from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.run import Refining, calibrate, check_goal, ladders
 from sparsepass.calibrate.setting import setting_text
 from sparsepass.errors import OptionError, close_names
+from sparsepass.methods import encode_budget, make_method
 from sparsepass.tasks.base import Task
 from sparsepass.tasks.score import Mode, questions_at_once
+from sparsepass.types import Budget
 
 METHODS = ("a_shape(sink=64, block=64, last=2)", "pooled_topk(density=0.1, block=64, last=2)")
 """Tried if none are given: what is cheapest to select, and computes the question's own blocks whole."""
@@ -45,7 +47,7 @@ class Asked:
     threads: int = option(0, "CPU threads; 0 leaves them as they are.", _RUN)
     mode: str = option(
         "",
-        "How questions are asked; default: forced on a GPU, shared on the CPU, for exact answers.",
+        "How questions are asked; default: forced on a GPU, shared on the CPU where the last blocks are whole.",
         _RUN,
         choices=("", *get_args(Mode)),
     )
@@ -81,12 +83,14 @@ def run(options: CalibrateOptions) -> int:
     """Calibrates and writes what was asked for. Returns the exit status: 1 if no cell has a safe budget."""
     from rich.console import Console
 
-    each = options.questions or (NOMINAL if mode_of(options) in QUESTIONS else 1)
+    budgets = ladders(options.methods)
+    steps = [step for steps in budgets.values() for step in steps]
+    mode = mode_of(options, steps)
+    each = options.questions or (NOMINAL if mode in QUESTIONS else 1)
     more = NOMINAL if each == 1 else 1
     goal = Goal(options.loss, options.confidence, each, more * options.search, more * options.verify, seed=options.seed)
     check_goal(goal)
-    budgets = ladders(options.methods)
-    with Session.open(options, [step for steps in budgets.values() for step in steps], options.questions) as session:
+    with Session.open(options, mode, steps, options.questions) as session:
         refine = Refining(cast(Refine, options.refine), session.meter.layers, session.meter.heads)
         weights = weights_of(options, session.tasks)
         total = len(options.lengths) * len(session.tasks) * len(budgets)
@@ -172,10 +176,10 @@ class Session:
     log: Log
 
     @staticmethod
-    def open(options: Asked, budgets: Sequence[Any], questions: int) -> Session:
+    def open(options: Asked, mode: str, budgets: Sequence[Budget], questions: int) -> Session:
         """Load the model, compile it for these budgets, open the log. Raises ``OptionError`` and others of ours.
 
-        ``questions``: asked about each context, 0 for as many as one sequence holds.
+        ``mode``: see ``mode_of``. ``questions``: asked about each context, 0 for as many as one sequence holds.
         """
         from sparsepass.bench.options import Machine
         from sparsepass.bench.problem import DTYPES
@@ -197,7 +201,6 @@ class Session:
             from sparsepass.models import load_model
 
             model = load_model(str(options.model), attn="sdpa", dtype=dtype, device=str(device))
-        mode = mode_of(options)
         about = {**fingerprint(model), "mode": mode}
         tasks = tasks_of(options)
         align = max((int(budget.params.get("block") or default_block(device)) for budget in budgets), default=64)
@@ -219,14 +222,25 @@ class Session:
         self.log.close()
 
 
-def mode_of(options: Asked) -> str:
-    """How questions are asked: as given, else by device and model; empty: by each task's metric."""
+def mode_of(options: Asked, budgets: Sequence[Budget]) -> str:
+    """How questions are asked: as given, else by device and model; empty: by each task's metric.
+
+    In ``shared`` a question's own rows are exact. So it is for budgets which compute them whole: others are asked about
+    by ``forced`` if no mode is given. Raises ``OptionError`` for ``shared`` with such a budget.
+    """
     from sparsepass.bench.options import Machine
     from sparsepass.bench.trial import device_of
 
+    sparse = next((one for one in budgets if not one.dense and not getattr(make_method(one), "last", 0)), None)
+    if options.mode == "shared" and sparse is not None:
+        raise OptionError(
+            "--mode shared computes each question exactly, behind the cache of its context, and under "
+            f"{encode_budget(sparse)} a request would not. Give last=2 with the method, or take --mode forced."
+        )
     if options.mode or options.model is not None:
         return options.mode
-    return "forced" if device_of(Machine(device=options.device)).type == "cuda" else "shared"
+    cached = device_of(Machine(device=options.device)).type == "cpu" and sparse is None
+    return "shared" if cached else "forced"
 
 
 def one_question(length: int, align: int) -> int:

@@ -59,8 +59,9 @@ def run(options: EvaluateOptions) -> int:
     policy = builtin_policy() if options.policy is None else Policy.load(options.policy)
     methods = ladders(options.fixed)
     budgets = [step for steps in methods.values() for step in steps]
-    more = 1 if options.questions > 1 or mode_of(options) in QUESTIONS else NOMINAL
-    with Session.open(options, budgets, options.questions) as session:
+    mode = mode_of(options, [*budgets, *(rule.budget for rule in policy.rules)])
+    more = 1 if options.questions > 1 or mode in QUESTIONS else NOMINAL
+    with Session.open(options, mode, budgets, options.questions) as session:
         if policy.calibrated and (other := differences(policy.calibrated, session.model)):
             warnings.warn(
                 f"Policy {policy.name!r} was calibrated for something else: {'; '.join(other)}.",

@@ -81,12 +81,14 @@ class ModelMeter:
             found = self._keep(key, scores, ran.density)
         return found
 
-    def prefetch(self, task: str, length: int, seeds: Sequence[int], setting: Setting | None) -> None:
-        """Run the contexts that will be asked about soon in batches, where the task allows it."""
+    def prefetch(self, task: str, length: int, seeds: Sequence[int], setting: Setting | None) -> bool:
+        """Run the contexts that will be asked about soon in batches. False where they have to be asked one by one."""
+        if not self._batched(task):
+            return False
         keys = [(task, length, seed, setting_text(setting)) for seed in seeds]
         missing = [key for key in keys if self._log.get(key) is None]
-        if not missing or not self._batched(task):
-            return
+        if not missing:
+            return True
         assert self._rows is not None  # as _batched found
         drawn = self._tasks[task]
         assert isinstance(drawn, TokenTask)
@@ -94,6 +96,7 @@ class ModelMeter:
             scores = self._rows.scores(drawn, length, [key[2] for key in missing]).tolist()
         for key, score in zip(missing, scores, strict=True):
             self._keep(key, [score], ran.density)
+        return True
 
     def score(self, task: Task, length: int, seed: int, hint: TaskClass) -> Sequence[float]:
         """The scores of a sample under whatever the model is compiled with and a hint; not remembered."""

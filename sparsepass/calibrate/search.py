@@ -19,12 +19,15 @@ from sparsepass.tasks.base import Task
 LIKELY = 0.2
 """Error at which the search takes a budget for safe or not: it only says where to verify."""
 
+DOUBT = 0.02
+"""Chance that the loss is under what a verification hopes for when it sees whether it could still pass."""
+
 ATTEMPTS = 4
 """Budgets that are verified at most; the k-th gets 1 / 2^k of the error, the last what is left."""
 
 LOOKS = 3
 """Times that a verification looks at its samples: after as many as suffice if nothing is lost, three times as many, and
-all. When is told from what dense gets right, never from what is lost. One that can no longer pass ends before."""
+all. When is told from what dense gets right, never from what is lost. One that would hardly pass ends before."""
 
 HELD_OUT = 1 << 32
 """Seeds of held-out samples begin here, those of the search at 0."""
@@ -141,7 +144,8 @@ class Search:
                     looked += 1
                     passed = paired.upper(share / LOOKS) <= self.goal.loss
                 doomed = paired.lower(share) > self.goal.loss
-                hopeless = paired.best_upper(share / LOOKS, self.goal.verify * self.goal.questions) > self.goal.loss
+                most = self.goal.verify * self.goal.questions
+                hopeless = paired.best_upper(share / LOOKS, most, DOUBT) > self.goal.loss
                 near = place < len(self.budgets) - 1 or paired.loss < NEAR * self.goal.loss
                 if passed or doomed or last or (hopeless and near):
                     break

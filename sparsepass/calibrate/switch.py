@@ -23,7 +23,7 @@ _BUDGET, _SLOT = 9, 10
 """Places of the budget's text and of the counter's slot among the arguments of the op."""
 
 AFTER_CACHE = counters.CAPACITY - 1
-"""Slot of what follows a cache: few rows in whole blocks, which say nothing of the share of a request computed."""
+"""Slot of what follows a cache: few rows, computed exactly, which say nothing of the share of a request computed."""
 
 ANY = Budget("pooled_topk", {"density": 0.5})
 """What a graph is rewritten for: which sites can be sparse does not depend on the budget."""
@@ -34,8 +34,8 @@ class BudgetSwitch:
 
     A graph is captured once and rewritten twice, whatever the number of settings: densely, and with a sparse op that
     looks up its budget when it runs. The plan ignores where sparse pays, since it is the selection that is calibrated.
-    Decode graphs are the same under all settings. Without Inductor, which would compile each budget anew. A layer that
-    a setting leaves dense computes every block by the sparse kernel, so that the counters see it.
+    What follows a cache is exact under all settings. Without Inductor, which would compile each budget anew. A layer
+    that a setting leaves dense computes every block by the sparse kernel, so that the counters see it.
     """
 
     def __init__(self) -> None:
@@ -73,11 +73,12 @@ class BudgetSwitch:
         prepared: set[str] = set()
 
         def switched_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            text = encode_budget(layer_budget(self.active, layer) or EXACT)
+            whole = query.shape[2] == args[0].shape[2]
+            text = encode_budget((layer_budget(self.active, layer) if whole else None) or EXACT)
             if text not in prepared:
                 prepare(text, heads, query.device)
                 prepared.add(text)
-            slot = args[_SLOT - 1] if query.shape[2] == args[0].shape[2] else AFTER_CACHE
+            slot = args[_SLOT - 1] if whole else AFTER_CACHE
             return SPARSE_ATTENTION(query, *args[: _BUDGET - 1], text, slot, *args[_SLOT:], **kwargs)  # type: ignore[no-any-return]
 
         return switched_attention

@@ -7,9 +7,10 @@ What is sparse is the prefill. Four ways to answer, by how much they share and h
 - ``forced``: each question alone with its right answer behind it, in one prefill. An answer's token is the most likely
   one after the right ones before it, so the whole answer is right exactly where greedy generation gives it, if the
   answer's tokens were sparse too.
-- ``shared``: as ``forced``, but the context is prefilled once, without a question, and its cache kept; then each
-  question's prefill follows it. What a server with a prefix cache does with many questions on one document. Selection
-  that looks at the last queries sees the context's for the context and the question's own for the question.
+- ``shared``: as ``forced``, but the context is prefilled once, without a question, and its cache kept; then the
+  questions follow it, side by side, each blind to the others. What a server with a prefix cache does with many
+  questions on one document. Selection that looks at the last queries sees the context's; the question's own rows are
+  for whoever compiled the model to decide, and few enough to stay dense.
 - ``packed``: as ``forced``, with several questions behind one context, each in a query block of its own with filler
   between them. Selection that works by query block sees each question alone; selection by the last queries of all, or
   that computes the last blocks densely, does not, and looks worse than it is.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
@@ -38,8 +40,8 @@ ROOM = 0.25
 TOKENS_AT_ONCE = {"cpu": 1, "cuda": 2**17}
 """Tokens of a batch; on the CPU one row at a time, as more would not be faster."""
 
-CACHED_AT_ONCE = 2**15
-"""Tokens of a batch, cached ones included, where questions follow a cache: few are new, so rows share the work."""
+ASKED_AT_ONCE = 2**9
+"""Tokens of questions that follow a cache side by side: their mask has so many rows."""
 
 
 def score(
@@ -118,31 +120,33 @@ def _groups(sample: Sample, align: int) -> Iterator[list[Question]]:
 
 
 def _rows(model: Any, sample: Sample, mode: Mode) -> list[tuple[int, ...]]:
-    """Each question in a row of its own; rows of one length in batches of one size, so that none compiles anew."""
+    """Each question by itself; those of one length in batches of one size, so that none compiles anew."""
     answers: list[tuple[int, ...]] = [()] * len(sample.questions)
     sizes: dict[tuple[int, int], list[int]] = {}
     cache = _prefilled(model, sample.context) if mode == "shared" else None
     for number, question in enumerate(sample.questions):
         sizes.setdefault((len(question.prompt), len(question.answer)), []).append(number)
     for (asked, size), numbers in sizes.items():
-        length = len(sample.context) + asked
-        limit = TOKENS_AT_ONCE.get(device_of(model).type, 2**17) if cache is None else CACHED_AT_ONCE
-        batch = min(len(numbers), max(1, limit // length))
+        if cache is None:
+            most = TOKENS_AT_ONCE.get(device_of(model).type, 2**17) // (len(sample.context) + asked)
+        else:
+            most = ASKED_AT_ONCE // (asked + size) if _takes_masks(model, cache) else 1
+        batch = min(len(numbers), max(1, most))
         for start in range(0, len(numbers), batch):
             mine = numbers[start : start + batch]
             filled = mine + [mine[-1]] * (batch - len(mine))
             questions = [sample.questions[number] for number in filled]
-            found = _batch(model, sample, questions, size, mode, cache)
+            if cache is None:
+                found = _batch(model, sample, questions, size, mode)
+            else:
+                found = _behind(model, cache, len(sample.context), questions, size)
             for number, row in zip(mine, found, strict=False):
                 answers[number] = tuple(row)
     return answers
 
 
-def _batch(
-    model: Any, sample: Sample, questions: Sequence[Question], size: int, mode: Mode, cache: Any
-) -> list[list[int]]:
-    context = () if mode == "shared" else sample.context
-    rows = [[*context, *question.prompt] for question in questions]
+def _batch(model: Any, sample: Sample, questions: Sequence[Question], size: int, mode: Mode) -> list[list[int]]:
+    rows = [[*sample.context, *question.prompt] for question in questions]
     start = len(rows[0])
     if mode == "generate":
         ids = torch.tensor(rows, device=device_of(model))
@@ -153,12 +157,35 @@ def _batch(
         generated: list[list[int]] = out[:, start:].tolist()
         return generated
     ids = torch.tensor([[*row, *question.answer] for row, question in zip(rows, questions, strict=True)])
-    if cache is not None:
-        cache = branch(cache)  # calls append to it
-        if len(rows) > 1:
-            cache.batch_repeat_interleave(len(rows))
-    forced: list[list[int]] = best_tokens(model, ids, [start - 1 + place for place in range(size)], cache).tolist()
+    forced: list[list[int]] = best_tokens(model, ids, [start - 1 + place for place in range(size)]).tolist()
     return forced
+
+
+def _behind(model: Any, cache: Any, start: int, questions: Sequence[Question], size: int) -> list[list[int]]:
+    """The answers to questions of one length behind a cache of ``start`` tokens, with which they share nothing else.
+
+    Many stand side by side in one row, each at the positions that it has alone, and see the cache and themselves
+    (the mask of tree attention, SpecInfer, arXiv 2305.09781).
+    """
+    ids = torch.tensor([[*question.prompt, *question.answer] for question in questions])
+    count, length = ids.shape
+    answered = torch.arange(count)[:, None] * length + torch.arange(length - size - 1, length - 1)
+    extra: dict[str, Any] = {}
+    if count > 1:
+        owner, place = torch.arange(count * length) // length, torch.arange(count * length) % length
+        own = (owner[:, None] == owner) & (place[:, None] >= place)
+        seen = torch.cat([torch.ones(count * length, start, dtype=torch.bool), own], dim=-1)
+        hidden = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+        extra = {"attention_mask": hidden[None, None], "position_ids": start + place[None]}
+    best = best_tokens(model, ids.view(1, -1), answered.flatten().tolist(), branch(cache), **extra)
+    return best.view(count, size).tolist()  # type: ignore[no-any-return]
+
+
+def _takes_masks(model: Any, cache: Any) -> bool:
+    """Whether a model can be told what each row behind a cache sees: transformers', without windows of its own."""
+    given = inspect.signature(getattr(model, "forward", model)).parameters
+    whole = all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+    return whole and {"attention_mask", "position_ids"} <= given.keys()
 
 
 def _prefilled(model: Any, context: Sequence[int]) -> Any:
@@ -167,16 +194,19 @@ def _prefilled(model: Any, context: Sequence[int]) -> Any:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def best_tokens(model: Any, tokens: torch.Tensor, places: Sequence[int], cache: Any = None) -> torch.Tensor:
-    """The most likely next tokens [B, len(places)] after those at ``places`` of tokens [B, S], which follow a cache.
+def best_tokens(
+    model: Any, tokens: torch.Tensor, places: Sequence[int], cache: Any = None, **extra: torch.Tensor
+) -> torch.Tensor:
+    """The most likely tokens [B, N] at places [N] of ids [B, S]; logits are worked out there only, if the model can.
 
-    On the model's device; nothing waits for it.
+    On the model's device; nothing waits for it. ``extra``: further inputs of the model, behind a cache.
     """
     device = device_of(model)
     where = torch.tensor(places, device=device)
     ids = tokens.to(device)
     if "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters:
-        out = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=where)
+        also = {name: given.to(device) for name, given in extra.items()}
+        out = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=where, **also)
         return out.logits.argmax(-1)  # type: ignore[no-any-return]
     out = model(ids)
     return getattr(out, "logits", out)[:, where].argmax(-1)  # type: ignore[no-any-return]
