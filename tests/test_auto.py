@@ -189,6 +189,30 @@ def test_rows_that_run_again_see_each_other_as_they_are_now() -> None:
     torch.testing.assert_close(logs, logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
 
 
+def test_a_recheck_follows_attention_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the second choice are what those of the first attend to, not what the last token does."""
+    net, ids, cache, logits = prefilled(128, batch=1)
+    ran: list[list[int]] = []
+
+    def rerun(
+        model: Any, ids: Any, cache: Any, rows: torch.Tensor, real: Any, first: Any, seen: Any, **also: Any
+    ) -> Any:
+        ran.append(rows[0].tolist())
+        weights = torch.full((1, 2, rows.shape[1], 128), 1e-4)
+        for place, row in enumerate(ran[-1]):
+            weights[0, 1, place, max(1, row - 20)] = 0.9  # each attends to the one 20 before it
+        if seen is not None:
+            seen(weights)
+        return torch.zeros(1, 9).log_softmax(-1), torch.ones(1, rows.shape[1], 4)
+
+    monkeypatch.setattr("sparsepass.auto.probe._rerun", rerun)
+    probe(net, ids, cache, logits[:, :9], Probe(5))
+    assert ran[0] == [127]
+    assert ran[1] == [107, 127]
+    assert len(ran[2]) == 6
+    assert {87, 107, 127} <= set(ran[2])
+
+
 def test_a_recheck_finds_what_a_sparse_prefill_left_out() -> None:
     net, ids, cache, logits = prefilled()
     spoiled = spoil(cache, lambda held: held + torch.randn_like(held))
@@ -228,7 +252,8 @@ def test_attention_that_cannot_be_seen_is_refused() -> None:
 
 @given(st.integers(0, 64), st.integers(200, 10_000))
 def test_cost_counts_every_row(rows: int, length: int) -> None:
-    pairs = length * (1 + (rows + 1 if rows else 0))
+    again = [count + 1 for count in (-(-rows // 5), rows)] if rows > 1 else [2] * rows
+    pairs = length * (1 + sum(again))
     assert Probe(rows).cost(length) == pytest.approx(min(1.0, pairs / (length * (length + 1) / 2)))
 
 

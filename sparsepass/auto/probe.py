@@ -4,9 +4,9 @@ A cheap prefill leaves a cache. The probe reads three things of it, none of whic
 
 - the last logits: how uncertain the first token is;
 - the last token once more, as a decode step: where its attention lies, and how sparse the last hidden state is;
-- a **recheck**: the tokens that the last one attends to most are run again, seeing everything before them, and the
-  last one after them. Each row costs a row of dense attention. If the cheap pass had left out what those tokens
-  needed, the answer's distribution moves; if it had not, it stays.
+- a **recheck**: the tokens that the last one attends to most, and those that these attend to most, are run again,
+  seeing everything before them, and the last one after them. Each row costs a row of dense attention. If the cheap
+  pass had left out what those tokens needed, the answer's distribution moves; if it had not, it stays.
 """
 
 from __future__ import annotations
@@ -35,17 +35,24 @@ SIGNALS = ("entropy", "margin", "spread", "activation", "shift")
 
 @dataclass(frozen=True)
 class Probe:
-    """How many rows a recheck runs again: those that the last token attends to most; 0: no recheck."""
+    """How many rows a recheck runs again, 0: none. A fifth are those that the last token attends to most, the rest what
+    any of these attends to most: one that is wrong may be so for want of another that is."""
 
-    rows: int = 16
+    rows: int = 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 0:
             raise AutoError(f"A probe's rows are {self.rows!r}; accepted is a whole number of 0 or more.")
 
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """Rows chosen after each look at what attends to what."""
+        first = -(-self.rows // 5)
+        return (first, self.rows) if first < self.rows else (self.rows,) * (self.rows > 0)
+
     def cost(self, length: int) -> float:
-        """Share of a dense causal prefill's attention: each row looks at every key, and the last one does twice."""
-        ran = 1 + (self.rows + 1 if self.rows else 0)
+        """Share of a dense causal prefill's attention: each row looks at every key as often as it runs."""
+        ran = 1 + sum(chosen + 1 for chosen in self.rounds)
         return min(1.0, 2 * ran / (length + 1))
 
 
@@ -70,8 +77,8 @@ def probe(
     """All signals of a prefill of ids [B, S], by name, float32 [B]; larger is meant to be worse.
 
     ``cache`` holds all S tokens and is left as it is; ``logits`` [B, V] are those of the last. ``attention_mask``
-    [B, S]: 0 where ``ids`` is padding, on the left. Runs ``model`` eagerly: two short calls at most, and none waits for
-    the device. Raises ``AutoError`` where the model's attention cannot be seen.
+    [B, S]: 0 where ``ids`` is padding, on the left. Runs ``model`` eagerly: three short calls at most, and none waits
+    for the device. Raises ``AutoError`` where the model's attention cannot be seen.
     """
     found = logit_signals(logits)
     length = ids.shape[1]
@@ -87,11 +94,16 @@ def probe(
     if not settings.rows:
         return found
 
-    importance = seen.importance()
-    importance.scatter_(1, first, 0.0)  # where attention goes that has nowhere else to go
-    importance.scatter_(1, last, -1.0)  # it runs again anyway
-    rows = importance.topk(min(settings.rows, length - 1), dim=-1).indices.sort(-1).values
-    again = torch.cat([rows, last], -1)
+    again = last
+    for count in settings.rounds:
+        if again is not last:
+            seen = _Seen(length)
+            _rerun(model, ids, cache, again, real, first, seen)
+        importance = seen.importance()
+        importance.scatter_(1, first, 0.0)  # where attention goes that has nowhere else to go
+        importance.scatter_(1, again, -1.0)  # they run again anyway
+        chosen = importance.topk(min(count + 1, length) - again.shape[1], dim=-1).indices
+        again = torch.cat([again, chosen], -1).sort(-1).values
     logs, _ = _rerun(model, ids, cache, again, real, first, None)
     return found | {"shift": shift(logits.float().log_softmax(-1), logs)}
 
@@ -105,7 +117,7 @@ def shift(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 class _Seen:
-    """What the last query of one call attends to, from each layer's weights [B, H, 1, S]; none is kept."""
+    """What the queries of one call attend to, from each layer's weights [B, H, R, S]; none is kept."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -116,7 +128,7 @@ class _Seen:
 
     def __call__(self, weights: torch.Tensor) -> None:
         self.layers += 1
-        most = weights[:, :, -1].amax(1)
+        most = weights.amax((1, 2))
         self.best = most if self.best is None else torch.maximum(self.best, most)
         blocks = -(-self.length // SPREAD_BLOCK)
         part = F.pad(weights[:, :, -1], (0, blocks * SPREAD_BLOCK - self.length))
@@ -125,7 +137,7 @@ class _Seen:
         self._spread = spread if self._spread is None else self._spread + spread
 
     def importance(self) -> torch.Tensor:
-        """[B, S]: the largest weight that the last query gives a key."""
+        """[B, S]: the largest weight that any query gives a key."""
         assert self.best is not None  # attention was seen, or the call had raised
         return self.best
 
