@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from random import Random
 
 import pytest
 
 from sparsepass.calibrate.cell import Goal, Outcome, Status
 from sparsepass.calibrate.evaluate import evaluate
 from sparsepass.calibrate.hypotheses import hypotheses_of
-from sparsepass.calibrate.refine import METHOD
+from sparsepass.calibrate.refine import METHOD, Refinement
 from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.run import Refining, calibrate, ladders
-from sparsepass.calibrate.search import HELD_OUT
+from sparsepass.calibrate.search import HELD_OUT, Search
 from sparsepass.calibrate.setting import Layered, Setting, layer_budget, policy_setting, setting_text, simplest
 from sparsepass.policy import Policy
 from sparsepass.types import Budget, TaskClass
@@ -145,3 +146,56 @@ def test_a_policy_by_layer_is_judged_and_both_hypotheses_tested() -> None:
     assert [(one.tolerant.task, one.other.task) for one in test.differs] == [("single", "chains")]
     assert test.differs[0].gap > 0.4
     assert {one.task: one.verdict for one in test.falls} == {"single": "nothing is lost", "chains": "not shown"}
+
+
+@dataclass
+class Unsure:
+    """A model that is right nine times in ten, about other questions under every budget: as much is gained as lost."""
+
+    contexts: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    batches: bool = True
+
+    def run(self, task: str, length: int, seed: int, setting: Setting | None) -> Outcome:
+        self.contexts.setdefault((setting_text(setting), length), set()).add(seed)
+        right = Random(f"{task} {length} {seed} {setting_text(setting)}").random() < 0.9
+        return Outcome((float(right),), 1.0 if setting is None else 0.1)
+
+    def prefetch(self, task: str, length: int, seeds: list[int], setting: Setting | None) -> bool:
+        return self.batches
+
+    def asked(self) -> int:
+        return sum(len(seeds) for (text, _), seeds in self.contexts.items() if text != "dense")
+
+
+def test_where_dense_is_unsure_no_budget_after_another_is_verified() -> None:
+    meter = Unsure()
+    goal = Goal(loss=0.01, questions=1, search=64, verify=1024)
+    (cell,) = calibrate(meter, [SINGLE], [1024], {"a": BUDGETS["a_shape, last=2"]}, goal).cells
+    assert cell.status is Status.UNSHOWN
+    held_out = [trial for trial in cell.trials if trial.held_out]
+    assert len(held_out) <= 2  # the second where chance made the first lose more than it gained
+    assert all(trial.questions <= 512 for trial in held_out)  # it could hardly have passed
+
+
+def test_a_refinement_found_nearby_is_not_searched_anew_where_nothing_can_be_told() -> None:
+    meter = Unsure()
+    goal = Goal(loss=0.01, questions=1, search=64, verify=256)
+    start = Layered((LOW, LOW, None, LOW, None, LOW))
+    cell = Refinement(Search(meter, CHAINS, 1024, METHOD, [LOW], goal), LAYERS, HEADS, None, LOW).run(start, True)
+    assert cell is None or cell.status is Status.UNSHOWN
+    assert all("pooled_topk" not in text for text, _ in meter.contexts)  # no head by itself
+    assert meter.asked() < 1200
+
+
+def test_contexts_are_asked_ahead_only_in_batches() -> None:
+    """A meter that takes them one by one is asked about no more than the verification looks at."""
+    goal = Goal(loss=0.05, questions=16, search=8, verify=64)
+    found = []
+    for batches in (True, False):
+        meter = Unsure(batches=batches)
+        meter.run = lambda task, length, seed, setting, run=meter.run: replace(  # type: ignore[method-assign, misc]
+            run(task, length, seed, setting), scores=(1.0,) * 16
+        )
+        calibrate(meter, [SINGLE], [1024], {"a": BUDGETS["a_shape, last=2"]}, goal)
+        found.append(meter.asked())
+    assert found[1] < 25 < 64 < found[0]

@@ -103,15 +103,16 @@ class Paired:
         return self._upper(self.lost / effect, self.gained / effect, self.right / effect, error)
 
     def best_upper(self, error: float, questions: float, doubt: float) -> float:
-        """The upper bound after so many questions in all, if it goes well: no more is lost on the way than the rate
-        that the loss so far is under with probability ``doubt``, and as much is gained as so far."""
+        """The upper bound after so many questions in all, if it goes well: from now on as few are lost and gained as
+        the rates that those so far are under with probability ``doubt``, but no fewer lost than gained, since sparse
+        attention is not better than dense."""
         if not self.questions:
             return 0.0
         more = max(1.0, questions / self.questions)
         trials = self.right / self.design_effect
         lost, gained = self.lost / self.design_effect, self.gained / self.design_effect
-        lost += (more - 1.0) * trials * lower_bound(lost, trials, doubt)
-        return self._upper(lost, more * gained, more * trials, error)
+        least = [lower_bound(min(one, trials), trials, doubt) * (more - 1.0) * trials for one in (lost, gained)]
+        return self._upper(lost + max(least), gained + least[1], more * trials, error)
 
     def _upper(self, lost: float, gained: float, trials: float, error: float) -> float:
         return upper_bound(lost, trials, LOST_SHARE * error) - lower_bound(gained, trials, (1 - LOST_SHARE) * error)

@@ -25,7 +25,7 @@ def tables(found: Evaluation) -> RenderableType:
         return Group(*parts, Text("No place where dense does not fail and fixed budgets were asked.", style="bold"))
     fits = {method: found.fits(method) for method in found.methods}
     tests = [hypotheses_of(found, method) for method in found.methods]
-    parts += [_laws(method, laws) for method, laws in fits.items()]
+    parts += [_laws(found, method, laws) for method, laws in fits.items()]
     return Group(*parts, *(Text(sentence, style="bold") for sentence in sentences(found, fits, tests)))
 
 
@@ -62,20 +62,20 @@ def _loss(found: Evaluation, held: Measured | None) -> Text:
     return Text(f"{held.paired.loss:+.1%} (<= {upper:.1%})", style=style)
 
 
-def _laws(method: str, fits: dict[str, Fit]) -> Table:
+def _laws(found: Evaluation, method: str, fits: dict[str, Fit]) -> Table:
     title = f"{method}: safe density = scale * (length / 1K) ^ -exponent, 95% intervals"
     table = Table(title=title, title_justify="left")
     table.add_column("task")
     lengths = sorted({length for fit in fits.values() for length in fit.lengths})
+    missing = {(one.task, one.length): "dense fails" if one.fails else "not asked" for one in found.every}
     for name in (*(f"safe at {tokens(length)}" for length in lengths), "scale", "exponent", "falls with length"):
         table.add_column(name, justify="right")
     for task, fit in fits.items():
         safe = dict(zip(fit.lengths, map(str, fit.safe), strict=True))
         falls = f"{fit.falls:.1%} sure" if len(fit.lengths) > 1 else "one length"
         falls = "as sparse as was tried" if fit.censored else falls
-        table.add_row(
-            task, *(safe.get(one, "dense fails") for one in lengths), str(fit.scale), str(fit.exponent), falls
-        )
+        at = [safe.get(one) or missing[task, one] for one in lengths]
+        table.add_row(task, *at, str(fit.scale), str(fit.exponent), falls)
     return table
 
 

@@ -39,16 +39,26 @@ class Refinement:
     def run(self, start: Setting | None, by_head: bool) -> Cell | None:
         """The cell of the sparsest setting found; ``None`` where no layer can be sparse.
 
-        ``start``: what was found at a length nearby, tried first.
+        ``start``: what was found at a length nearby, tried first. A search of its own follows only where that is likely
+        unsafe: where no setting can be told from dense, it would ask about every layer and head for nothing.
         """
-        if isinstance(start, Layered) and self.search.probe(start):
-            steps = [start, *self._way_back(start)]
-        else:
+        steps = self._from(start) if isinstance(start, Layered) else None
+        if steps is None:
             steps = self._found(by_head)
         if not steps:
             return None
         self.search.budgets = steps
         return self.search.verify(0)
+
+    def _from(self, start: Layered) -> list[Layered] | None:
+        """The setting and denser ones, from the first that is likely safe; ``None`` if it is likely unsafe itself."""
+        steps = [start, *self._way_back(start)]
+        for place, step in enumerate(steps):
+            if self.search.probe(step):
+                return steps[place:]
+            if place == 0 and self.search.trials[-1].low > self.search.goal.loss:
+                return None
+        return []
 
     def _found(self, by_head: bool) -> list[Layered]:
         """The sparsest setting that is likely safe, then denser ones, one change taken back after the other."""

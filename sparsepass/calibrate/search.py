@@ -152,7 +152,8 @@ class Search:
             trial = self._note(self.budgets[place], True, paired, densities, share / LOOKS, passed)
             if passed:
                 return self._cell(Status.SAFE, trial)
-            if place == len(self.budgets) - 1:
+            noise = paired.loss <= 0  # as much is gained as lost: a denser budget would be as hard to tell from dense
+            if place == len(self.budgets) - 1 or noise:
                 break
             place += 1
         return self._cell(Status.UNSAFE if doomed and place == len(self.budgets) - 1 else Status.UNSHOWN)
