@@ -80,12 +80,26 @@ def test_batches_supervise_what_comes_next(length: int) -> None:
     flat = drawn.tokens.flatten(1)
     answers = torch.tensor([part in ("single_qa", "aggregation") or "names" in part for part in batches.PARTS])
     for step in range(2):
-        chosen = answers[drawn.parts]
+        chosen = answers[drawn.parts] & (drawn.targets[step] != IGNORED)
         assert torch.equal(flat[step][drawn.places[step][chosen] + 1], drawn.targets[step][chosen])
         for part, name in enumerate(batches.PARTS):
             mine = drawn.targets[step][drawn.parts == part]
             assert (mine != IGNORED).any(), name
     assert batches.scored_share(drawn) > 20  # targets per sequence: dense supervision
+
+
+def test_a_question_that_was_asked_before_is_not_scored_again() -> None:
+    task = TOKEN_TASKS[2]
+    drawn = task.draw_many(3, 128, torch.Generator().manual_seed(0), questions=12, easier=True)
+    prompts = drawn.prompts.tolist()
+    again = [[prompt in row[:place] for place, prompt in enumerate(row)] for row in prompts]
+    assert any(map(any, again))
+    assert batches.asked_before(drawn.prompts).tolist() == again
+    batch = batches.draw_batches(4, 4, 128, torch.Generator().manual_seed(0))
+    ends = batch.parts == batches.PARTS.index("multi_hop end")
+    scored = (batch.targets[:, ends] != IGNORED).sum(1)
+    assert (scored <= task.items(128)).all()
+    assert (scored < ends.sum()).all()
 
 
 @pytest.mark.parametrize("task", TOKEN_TASKS, ids=lambda task: task.name)

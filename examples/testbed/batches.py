@@ -101,7 +101,8 @@ def _scored(
     names = {"multi_hop": ["multi_hop end", *["multi_hop names"] * (HOPS - 1)]}
     own = names.get(task.task_class, [str(task.task_class)] * task.answer_size)
     part = torch.tensor([PARTS.index(name) for name in own], device=device).repeat(len(start))
-    scored = [(where, drawn.answers.flatten(1), part)]
+    answers = drawn.answers.masked_fill(asked_before(drawn.prompts)[..., None], IGNORED)
+    scored = [(where, answers.flatten(1), part)]
     if drawn.prompt_targets is not None:
         known = range(1, task.prompt_size - 1)  # between the marker and ANSWER
         inside = torch.tensor(list(known), device=device)
@@ -112,6 +113,12 @@ def _scored(
         hops = torch.arange(drawn.link_places.shape[1], device=device) % (HOPS - 1)
         scored.append((drawn.link_places, drawn.link_targets, PARTS.index("multi_hop links 2") + hops))
     return scored
+
+
+def asked_before(prompts: torch.Tensor) -> torch.Tensor:
+    """Which of the prompts [B, Q, P] stands earlier in its row, bool [B, Q]: its answer could be copied from there."""
+    same = (prompts[:, :, None] == prompts[:, None]).all(-1)
+    return same.tril(-1).any(-1)
 
 
 def scored_share(batches: Batches) -> float:
