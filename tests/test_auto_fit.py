@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ from sparsepass.auto.fit import Rows, logistic, rows_of, safe_threshold, scores,
 from sparsepass.auto.fitting import fit_router
 from sparsepass.auto.judge import auc, judge
 from sparsepass.auto.probe import SIGNALS
-from sparsepass.auto.records import Place, Records
+from sparsepass.auto.records import THEN, TOLD, Place, Records
+from sparsepass.policy import Policy
+from sparsepass.policy_rules import Rule
 from sparsepass.tasks.tokens import TOKEN_TASKS
-from sparsepass.types import Budget
+from sparsepass.types import Budget, TaskClass
 from tests.tiny import model
 
 CHEAP, STRESS = "a_shape", "pooled_topk(density=0.3)"
@@ -209,3 +212,63 @@ def test_a_collected_place_has_answers_density_and_every_signal(fresh_dynamo: No
     assert sparse.density < 0.7
     assert set(sparse.signals) == set(SIGNALS)
     assert all(len(column) == 2 for column in sparse.signals.values())
+
+
+def test_what_runs_again_is_judged_by_what_it_runs_under() -> None:
+    """Under ``then`` a third of the cost, and what it loses is missed, too; the reference is the policy's own."""
+    held = records()
+    places = list(held.places)
+    for place in held.places:
+        if place.budget == "dense":
+            second = tuple(right and at % 10 != 3 for at, right in enumerate(place.right))
+            places.append(replace(place, budget=THEN, density=0.3, right=second))
+            places.append(replace(place, budget=TOLD, density=0.2))
+    both = Records(tuple(places), held.about)
+    assert both.tried() == held.tried() == [CHEAP, STRESS]
+    rows = rows_of(both, both.of(budget=CHEAP, task="hops"), ("shift",))
+    everything = judge(rows, torch.ones(len(rows.lost)), 0.0, {1024: 0.01, 4096: 0.01}, 0.05)
+    for cell in everything.cells:
+        assert cell.cost == pytest.approx(400 / cell.place.length + 0.01 + 0.3)
+        assert cell.missed == sum(at % 10 == 3 and at % 20 != 7 for at in range(60))
+    nothing = judge(rows, torch.zeros(len(rows.lost)), 1.0, {}, 0.05)
+    assert sum(cell.missed for cell in nothing.cells) == int(rows.lost.sum())
+    halves = rows.take(torch.arange(len(rows.lost)) % 2 == 0)
+    assert len(halves.missed(torch.ones_like(halves.lost))) == len(halves.lost)
+    assert reference(both, CHEAP, Goal()) == pytest.approx(0.2)
+    (found,) = (
+        one for one in compare(both, CHEAP, Goal(), CANDIDATES[-1:], resamples=2).found if one.held_out == "task"
+    )
+    assert found.verdict.cost < 1
+
+
+def test_a_policy_says_what_runs_again_and_what_is_told(fresh_dynamo: None) -> None:
+    net = copy.deepcopy(model(vocab_size=4096))
+    cheap = Budget("a_shape", {"window": 64, "sink": 64, "block": 64})
+    unknown = Budget("a_shape", {"window": 128, "sink": 64, "block": 64})
+    policy = Policy("mine", (Rule(TaskClass.SINGLE_QA, cheap), Rule(TaskClass.UNKNOWN, unknown)))
+    tasks = [task for task in TOKEN_TASKS if task.name in ("token_needle", "token_chains")]
+    found = collect(net, tasks, [512], [cheap], templates=[0], requests=2, policy=policy)
+    assert [place.budget for place in found[:4]] == ["dense", found[1].budget, THEN, TOLD]
+    by_name = {(place.task, place.budget): place for place in found}
+    needle, chains = (by_name["token_needle", TOLD], by_name["token_chains", TOLD])
+    assert needle.density == found[1].density < by_name["token_needle", THEN].density < 1
+    assert chains.density == 1  # the policy has no rule for it
+    assert not needle.signals
+    with pytest.raises(AutoError, match=r"gives single_qa a_shape.*is to be tried first"):
+        collect(net, tasks, [512], [unknown], policy=policy)
+
+
+def test_nothing_is_tried_where_that_costs_as_much_as_running_again() -> None:
+    """At 1K the cheap budget costs 0.39, at 4K 0.10; a second pass of 0.35 is worth waiting for at 4K alone."""
+    held = records()
+    second = [replace(place, budget=THEN, density=0.35) for place in held.places if place.budget == "dense"]
+    both = Records((*held.places, *second), held.about)
+    router, verdict = fit_router(both, CHEAP, Goal(spare=0.05), candidate="recheck")
+    assert not router.holds_at(1024)
+    assert router.holds_at(4096)
+    for cell in verdict.cells:
+        assert (cell.cost == pytest.approx(0.35)) == (cell.place.length == 1024)
+        assert cell.again == 0 or cell.place.length == 4096
+    dear = Records((*held.places, *(replace(place, density=0.05) for place in second)), held.about)
+    with pytest.raises(AutoError, match="without a hint that runs at once"):
+        fit_router(dear, CHEAP, Goal(spare=0.05), candidate="recheck")

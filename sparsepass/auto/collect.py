@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 
+from sparsepass.auto.error import AutoError
 from sparsepass.auto.probe import Probe, probe
-from sparsepass.auto.records import Place
+from sparsepass.auto.records import THEN, TOLD, Place
+from sparsepass.auto.router import FIRST
+from sparsepass.calibrate.setting import Setting, policy_setting
 from sparsepass.calibrate.switch import BudgetSwitch, counted
 from sparsepass.methods import encode_budget
 from sparsepass.models import branch, device_of
+from sparsepass.policy import Policy
 from sparsepass.tasks.base import stable_seed
 from sparsepass.tasks.score import TOKENS_AT_ONCE
 from sparsepass.tasks.tokens.drawing import TokenTask
-from sparsepass.types import Budget
+from sparsepass.types import Budget, TaskClass
 
 
 def collect(
@@ -30,15 +34,20 @@ def collect(
     requests: int = 128,
     seed: int = 0,
     settings: Probe | None = None,
+    policy: Policy | None = None,
     time_limit: float = 0.0,
     done: Callable[[Place], None] = lambda place: None,
 ) -> list[Place]:
     """The places of every task, template and length under dense and each of ``budgets``.
 
     ``model``, of transformers, is compiled in place. Requests are prompts without answers; their answers follow on the
-    cache by teacher forcing, so they are right exactly where greedy decoding gives them. ``time_limit``: seconds after
-    which no further task and template is begun; 0: none.
+    cache by teacher forcing, so they are right exactly where greedy decoding gives them. ``policy``: what requests run
+    again under, and what it gives those that are told the class, is run, too. ``time_limit``: seconds after which no
+    further task and template is begun; 0: none. Raises ``AutoError`` if the policy gives ``single_qa``, which
+    a router begins with, another budget than the first of ``budgets``.
     """
+    if policy is not None:
+        _check_first(policy, lengths, budgets[0])
     switch = BudgetSwitch()
     model.compile(backend=switch, dynamic=True)
     chosen = settings or Probe()
@@ -50,18 +59,37 @@ def collect(
                 if time_limit and time.monotonic() - started > time_limit:
                     return places
                 ids, answers = draw(replace(task, template=template), length, requests, seed, device_of(model))
-                for budget in (None, *dict.fromkeys(budgets)):
-                    switch.active = budget
+                at_all: dict[str, Setting | None] = {"dense": None}
+                at_all |= {encode_budget(budget): budget for budget in budgets}
+                if policy is not None:
+                    at_all[THEN] = _setting(model, policy, TaskClass.UNKNOWN, length)
+                    at_all[TOLD] = _setting(model, policy, task.task_class, length)
+                for text, setting in at_all.items():
+                    switch.active = setting
+                    looks = None if text in ("dense", THEN, TOLD) else chosen
                     before = counted()
-                    right, signals = measure(model, ids, answers, None if budget is None else chosen)
-                    ran = counted() - before
-                    density = 1.0 if budget is None else ran.density or 1.0
-                    text = "dense" if budget is None else encode_budget(budget)
+                    right, signals = measure(model, ids, answers, looks)
+                    density = 1.0 if setting is None else (counted() - before).density or 1.0
                     places.append(
                         Place(task.name, str(task.task_class), template, length, text, density, right, signals)
                     )
                     done(places[-1])
     return places
+
+
+def _setting(model: Any, policy: Policy, task: TaskClass, length: int) -> Setting | None:
+    config = model.config
+    return policy_setting(policy, task, length, config.num_hidden_layers, config.num_attention_heads)
+
+
+def _check_first(policy: Policy, lengths: Sequence[int], cheap: Budget) -> None:
+    for length in lengths:
+        given = policy.site_budget(FIRST, policy.bucket(length), 0, 1)
+        if given != cheap:
+            raise AutoError(
+                f"Policy {policy.name!r} gives {FIRST} {encode_budget(given)} at {length} tokens, and "
+                f"{encode_budget(cheap)} is to be tried first. Give that as the cheap budget, or other lengths."
+            )
 
 
 def draw(

@@ -34,7 +34,10 @@ class CollectOptions:
     templates: tuple[int, ...] = option((0, 1), "Of the question; the first is fitted on.", _ASKED)
     cheap: str = option(CHEAP, "Budget that is tried first, in full.", _SAFE)
     stress: tuple[str, ...] = option(STRESS, "Budgets that fail, to learn from, in full.", _SAFE)
-    rows: int = option(16, "Rows that a recheck runs again; 0: no recheck.", _SAFE)
+    policy: Path | None = option(
+        None, "Policy file: what runs again gets what it gives requests without a hint; default: dense.", _SAFE
+    )
+    rows: int = option(20, "Rows that a recheck runs again; 0: no recheck.", _SAFE)
     device: str = option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one.", _RUN)
     dtype: str = option("", "Default: bf16 on a GPU, fp32 on the CPU.", _RUN, choices=("", "bf16", "fp16", "fp32"))
     threads: int = option(0, "CPU threads; 0 leaves them as they are.", _RUN)
@@ -82,6 +85,7 @@ def collect(options: CollectOptions) -> int:
     from sparsepass.bench.trial import device_of
     from sparsepass.fingerprint import fingerprint
     from sparsepass.methods import decode_budget
+    from sparsepass.policy import Policy
     from sparsepass.tasks.tokens import TOKEN_TASKS
     from sparsepass.testbed import load
 
@@ -117,6 +121,7 @@ def collect(options: CollectOptions) -> int:
         requests=options.requests,
         seed=options.seed,
         settings=settings,
+        policy=None if options.policy is None else Policy.load(options.policy),
         time_limit=options.time_limit,
         done=done,
     )
@@ -175,7 +180,7 @@ def _given(options: FitOptions | CompareOptions) -> tuple[Any, str, Any]:
     if options.records is None:
         raise OptionError("--records FILE is missing: what `sparsepass auto collect` wrote.")
     records = Records.load(options.records)
-    first = next((place.budget for place in records.places if place.budget != "dense"), "")
+    first = next(iter(records.tried()), "")
     return records, options.cheap or first, Goal(options.loss, options.confidence, options.spare)
 
 

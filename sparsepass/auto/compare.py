@@ -13,9 +13,9 @@ import torch
 
 from sparsepass.auto.error import AutoError
 from sparsepass.auto.fit import Rows, logistic, rows_of, safe_threshold, scores, threshold
-from sparsepass.auto.judge import Verdict, auc, interval, judge, known_before, resampled
+from sparsepass.auto.judge import Verdict, auc, interval, judge, known_before, not_worth_trying, resampled
 from sparsepass.auto.probe import SIGNALS, Probe
-from sparsepass.auto.records import Place, Records
+from sparsepass.auto.records import TOLD, Place, Records
 
 RESAMPLES = 200
 """Of the requests, within each cell, for the intervals."""
@@ -73,7 +73,7 @@ REFERENCE = CANDIDATES[2]
 class Found:
     """One candidate under one way of holding out. ``auc`` and ``at_best`` have 95% intervals: the latter is the share
     of the reference's saving with the best threshold for the held-out rows themselves. ``verdict``: with the threshold
-    that the fit had chosen; ``saving`` is that one's share."""
+    that the fit had chosen, at the lengths where it had found that trying pays; ``saving`` is that one's share."""
 
     candidate: str
     held_out: str
@@ -118,7 +118,7 @@ def compare(
 ) -> Comparison:
     """Judge every candidate on every way of holding out. ``cheap``: text of the budget that is tried first; the other
     budgets of the records only teach what failing looks like. Raises ``AutoError``."""
-    budgets = {place.budget for place in records.places} - {"dense"}
+    budgets = set(records.tried())
     if cheap not in budgets:
         raise AutoError(f"The records have no budget {cheap!r}; they have {', '.join(sorted(budgets))}.")
     settings = Probe(**records.about["probe"])
@@ -135,14 +135,18 @@ def compare(
 
 
 def reference(records: Records, cheap: str, goal: Goal) -> float:
-    """Cost of the policy that is told the class: the cheap budget in cells where it loses no more than tolerated."""
+    """Cost of the policy that is told the class: what ran under it, if that was collected; else the cheap budget in
+    cells where it loses no more than tolerated."""
+    told = [place.density for place in records.of(template=0, budget=TOLD)]
+    if told:
+        return sum(told) / len(told)
     rows = rows_of(records, records.of(template=0, budget=cheap), ())
     return known_before(rows, rates(rows, rows, REFERENCE), goal.loss + 1e-9, 1 - goal.confidence).cost
 
 
 def split(records: Records, cheap: str, held_out: str, candidate: Candidate) -> list[Part]:
     """What is fitted on and what is judged on; several parts where tasks take turns."""
-    names, tried = candidate.signals, {place.budget for place in records.places} - {"dense"}
+    names, tried = candidate.signals, set(records.tried())
     if candidate.key is not None:
         tried = {cheap}
     of = records.of
@@ -206,8 +210,9 @@ def _judged(
             mine = scores(part.train, terms, bias)
             tried = torch.tensor([place.budget == cheap for place in part.train.cells])[part.train.cell]
             limit = threshold(part.train.take(tried), mine[tried], loss=goal.loss, spare=goal.spare)
+            untried = not_worth_trying(part.train.take(tried), mine[tried], limit, probes)
             score = scores(part.test, terms, bias)
-            verdicts.append(judge(part.test, score, limit, probes, error))
+            verdicts.append(judge(part.test, score, limit, probes, error, untried))
             score = score - limit  # so that parts with scores of their own can be ranked together
         ranked.append(score)
     verdict = Verdict(tuple(cell for one in verdicts for cell in one.cells))
@@ -215,9 +220,10 @@ def _judged(
 
     def best(some: Rows, held: torch.Tensor) -> float:
         limit = safe_threshold(some, held, goal.loss)
-        known = candidate.key is not None
-        judged = known_before(some, held, limit, error) if known else judge(some, held, limit, probes, error)
-        return share_saved(judged.cost, cost)
+        if candidate.key is not None:
+            return share_saved(known_before(some, held, limit, error).cost, cost)
+        untried = not_worth_trying(some, held, limit, probes)
+        return share_saved(judge(some, held, limit, probes, error, untried).cost, cost)
 
     areas = [auc(score[one], rows.lost[one]) for one in draws]
     bests = [best(rows.take(one), score[one]) for one in draws]
@@ -248,4 +254,6 @@ def together(rows: Sequence[Rows]) -> Rows:
         lost=torch.cat([one.lost for one in rows]),
         cell=torch.cat(cell),
         cells=tuple(place for one in rows for place in one.cells),
+        lost_again=torch.cat([one.missed(torch.ones_like(one.lost)) for one in rows]),
+        then=tuple(one.cost_again(cell) for one in rows for cell in range(len(one.cells))),
     )

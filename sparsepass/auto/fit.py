@@ -9,12 +9,12 @@ it has not seen.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sparsepass.auto.error import AutoError
-from sparsepass.auto.records import Place, Records
+from sparsepass.auto.records import THEN, Place, Records
 from sparsepass.auto.router import Term
 
 RIDGE = 1e-2
@@ -23,26 +23,44 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Rows:
-    """Requests that dense answers right: signals [N, K], lost [N], and the cell (a number) each belongs to [N]."""
+    """Requests that dense answers right: signals [N, K], lost [N], and the cell (a number) each belongs to [N].
+
+    ``lost_again`` [N]: lost as well if it runs again (none if absent); ``then``: what that costs, by cell (1, dense).
+    """
 
     names: tuple[str, ...]
     values: torch.Tensor
     lost: torch.Tensor
     cell: torch.Tensor
     cells: tuple[Place, ...]
+    lost_again: torch.Tensor | None = None
+    then: tuple[float, ...] = ()
+
+    def missed(self, again: torch.Tensor) -> torch.Tensor:
+        """Which are lost, bool [N], if those of ``again`` [N] run again."""
+        second = torch.zeros_like(self.lost) if self.lost_again is None else self.lost_again
+        return torch.where(again, second, self.lost)
+
+    def cost_again(self, cell: int) -> float:
+        return self.then[cell] if self.then else 1.0
 
     def take(self, chosen: torch.Tensor) -> Rows:
-        return Rows(self.names, self.values[chosen], self.lost[chosen], self.cell[chosen], self.cells)
+        second = None if self.lost_again is None else self.lost_again[chosen]
+        return replace(
+            self, values=self.values[chosen], lost=self.lost[chosen], cell=self.cell[chosen], lost_again=second
+        )
 
 
 def rows_of(records: Records, places: Iterable[Place], names: Sequence[str], part: int | None = None) -> Rows:
     """The rows of ``places``. ``part``: 0 or 1 takes every second request, None all. Raises ``AutoError``."""
     values: list[list[float]] = []
     lost: list[bool] = []
+    lost_again: list[bool] = []
+    then: list[float] = []
     cell: list[int] = []
     cells: list[Place] = []
     for place in places:
-        dense = next(records.of(task=place.task, template=place.template, length=place.length, budget="dense"), None)
+        dense = records.like(place, "dense")
         if dense is None:
             raise AutoError(f"The records have no dense run of {place.task} at {place.length}; collect them again.")
         if missing := set(names) - set(place.signals):
@@ -51,6 +69,9 @@ def rows_of(records: Records, places: Iterable[Place], names: Sequence[str], par
         columns = [place.signals[name] for name in names]
         values += [[column[at] for column in columns] for at in counts]
         lost += [not place.right[at] for at in counts]
+        second = records.like(place, THEN) or dense
+        lost_again += [not second.right[at] for at in counts]
+        then.append(second.density)
         cell += [len(cells)] * len(counts)
         cells.append(place)
     return Rows(
@@ -59,6 +80,8 @@ def rows_of(records: Records, places: Iterable[Place], names: Sequence[str], par
         torch.tensor(lost, dtype=torch.bool),
         torch.tensor(cell, dtype=torch.long),
         tuple(cells),
+        torch.tensor(lost_again, dtype=torch.bool),
+        tuple(then),
     )
 
 

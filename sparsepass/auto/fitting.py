@@ -7,7 +7,7 @@ import torch
 from sparsepass.auto.compare import CANDIDATES, Goal
 from sparsepass.auto.error import AutoError
 from sparsepass.auto.fit import logistic, rows_of, scores, threshold
-from sparsepass.auto.judge import Verdict, judge
+from sparsepass.auto.judge import Verdict, judge, not_worth_trying
 from sparsepass.auto.probe import Probe
 from sparsepass.auto.records import Records
 from sparsepass.auto.router import Router
@@ -22,14 +22,15 @@ def fit_router(
 ) -> tuple[Router, Verdict]:
     """The router over the signals of one of ``compare.CANDIDATES``, and what it does on requests not fitted on.
 
-    Its lengths are those of the records, and what lies between. Raises ``AutoError``.
+    Its lengths are those of the records, and what lies between, but for short ones at which trying does not pay. Raises
+    ``AutoError``.
     """
     chosen = next((one for one in CANDIDATES if one.name == candidate and one.signals), None)
     if chosen is None:
         known = ", ".join(repr(one.name) for one in CANDIDATES if one.signals)
         raise AutoError(f"No router reads {candidate!r}; accepted are {known}.")
     settings = Probe(**records.about["probe"])
-    tried = {place.budget for place in records.places} - {"dense"}
+    tried = set(records.tried())
     train = rows_of(records, records.of(budget=tried), chosen.signals, 0)
     held = rows_of(records, records.of(budget=cheap), chosen.signals, 1)
     terms, bias = logistic(train)
@@ -37,15 +38,20 @@ def fit_router(
     is_cheap = torch.tensor([place.budget == cheap for place in train.cells])[train.cell]
     limit = min(LARGEST, threshold(train.take(is_cheap), mine[is_cheap], loss=goal.loss, spare=goal.spare))
     probes = {length: chosen.probe_cost(length, settings) for length in records.lengths()}
-    verdict = judge(held, scores(held, terms, bias), limit, probes, 1 - goal.confidence)
-    lengths = records.lengths()
+    untried = not_worth_trying(train.take(is_cheap), mine[is_cheap], limit, probes)
+    lengths = [length for length in records.lengths() if length not in untried]
+    if not lengths:
+        raise AutoError(
+            f"Trying {cheap} first costs as much at every length as what runs again: without a hint that runs at once."
+        )
+    verdict = judge(held, scores(held, terms, bias), limit, probes, 1 - goal.confidence, untried)
     about = {key: value for key, value in records.about.items() if key != "probe"}
     router = Router(
         terms,
         bias,
         limit,
         settings if chosen.rows else Probe(0),
-        above=lengths[0] - lengths[0] // 8 - 1,
+        above=max([lengths[0] - lengths[0] // 8 - 1, *untried]),
         up_to=lengths[-1],
         name=name,
         budgets=(cheap,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from sparsepass.calibrate.bounds import upper_bound
 @dataclass(frozen=True)
 class Cell:
     """One place judged. ``questions``: that dense answers right. ``again``: share of them that ran again. ``missed``:
-    trusted, and lost. ``upper``: bound of the missed share. ``cost``: share of dense attention, probe included."""
+    lost after all. ``upper``: bound of the missed share. ``cost``: share of dense attention, probe included."""
 
     place: Place
     questions: int
@@ -62,22 +62,46 @@ class Verdict:
         return min(1 - missed / count for missed, count in self.tasks.values() if count)
 
 
-def judge(rows: Rows, score: torch.Tensor, threshold: float, probe_cost: dict[int, float], error: float) -> Verdict:
-    """Rows whose score is ``threshold`` or more run again, densely. ``probe_cost``: share by length."""
+def judge(
+    rows: Rows,
+    score: torch.Tensor,
+    threshold: float,
+    probe_cost: Mapping[int, float],
+    error: float,
+    untried: Collection[int] = (),
+) -> Verdict:
+    """Rows whose score is ``threshold`` or more run again. ``probe_cost``: share by length. ``untried``: lengths at
+    which nothing is tried, and all runs at once under what it would run again under."""
     again = score >= threshold
+    direct = torch.tensor([place.length in untried for place in rows.cells])[rows.cell]
+    lost = rows.missed(again | direct)
     cells = []
     for number, place in enumerate(rows.cells):
         here = rows.cell == number
         count = int(here.sum())
-        missed = int((here & rows.lost & ~again).sum())
+        missed = int((here & lost).sum())
         share = float(again[here].double().mean()) if count else 0.0
-        cost = place.density + probe_cost.get(place.length, 0.0) + share
+        cost = place.density + probe_cost.get(place.length, 0.0) + share * rows.cost_again(number)
+        if place.length in untried:
+            share, cost = 0.0, rows.cost_again(number)
         cells.append(Cell(place, count, share, missed, upper_bound(missed, count, error), cost))
     return Verdict(tuple(cells))
 
 
+def not_worth_trying(rows: Rows, score: torch.Tensor, threshold: float, probe_cost: Mapping[int, float]) -> set[int]:
+    """Lengths at which trying costs as much as running all at once under what would run again; and shorter ones."""
+    verdict = judge(rows, score, threshold, probe_cost, 0.5)
+    costs: dict[int, list[tuple[float, float]]] = {}
+    for number, cell in enumerate(verdict.cells):
+        if not cell.questions:
+            continue  # of another budget, or nothing that dense answers
+        costs.setdefault(cell.place.length, []).append((cell.cost, rows.cost_again(number)))
+    dear = [length for length, pairs in costs.items() if sum(one for one, _ in pairs) >= sum(two for _, two in pairs)]
+    return {length for length in costs if length <= max(dear, default=0)}
+
+
 def known_before(rows: Rows, score: torch.Tensor, threshold: float, error: float) -> Verdict:
-    """As ``judge``, for a score that is known before anything ran: no cheap pass where it says dense."""
+    """As ``judge``, for a score that is known before anything ran: no cheap pass for what would run again."""
     ran = judge(rows, score, threshold, {}, error)
     cells = [
         Cell(
@@ -86,9 +110,9 @@ def known_before(rows: Rows, score: torch.Tensor, threshold: float, error: float
             cell.again,
             cell.missed,
             cell.upper,
-            cell.again + (1 - cell.again) * cell.place.density,
+            cell.again * rows.cost_again(number) + (1 - cell.again) * cell.place.density,
         )
-        for cell in ran.cells
+        for number, cell in enumerate(ran.cells)
     ]
     return Verdict(tuple(cells))
 

@@ -15,6 +15,12 @@ from sparsepass.auto.error import AutoError
 
 VERSION = 1
 
+THEN = "then"
+"""Budget of a place that ran under what a policy gives requests without a hint: what ``auto`` runs again under."""
+
+TOLD = "told"
+"""Budget of a place that ran under what a policy gives the task's own class."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -25,13 +31,13 @@ class Place:
     template: int
     length: int
     budget: str
-    """Text of the budget, ``dense`` for exact attention."""
+    """Text of the budget, ``dense`` for exact attention; or ``THEN`` or ``TOLD``."""
     density: float
     """Share of the visible blocks that was computed."""
     right: tuple[bool, ...]
     """Whether the whole answer was right, by request; requests are those of every other budget of the place."""
     signals: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """By name; empty for ``dense``."""
+    """By name; only of budgets that can be tried."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,22 @@ class Records:
             if all(_is(getattr(place, name), value) for name, value in wanted.items()):
                 yield place
 
+    def tried(self) -> list[str]:
+        """Budgets that were tried with a look at their prefill, in order."""
+        return [name for name in dict.fromkeys(place.budget for place in self.places) if name not in _KNOWN]
+
+    def like(self, place: Place, budget: str) -> Place | None:
+        """The place of the same requests under another budget, if there is one."""
+        return next(self.of(task=place.task, template=place.template, length=place.length, budget=budget), None)
+
     def lengths(self) -> list[int]:
         return sorted({place.length for place in self.places})
 
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(place.task for place in self.places))
+
+
+_KNOWN = ("dense", THEN, TOLD)
 
 
 def _is(given: Any, wanted: Any) -> bool:

@@ -29,6 +29,10 @@ class Term:
     weight: float
 
 
+FIRST = TaskClass.SINGLE_QA
+"""The class whose budgets are tried first, if a router names no other."""
+
+
 @dataclass(frozen=True)
 class Router:
     """Trusts a prefill whose score is under ``threshold``, a log-odds; the others run again.
@@ -45,7 +49,7 @@ class Router:
     probe: Probe
     above: int
     up_to: int
-    first: TaskClass = TaskClass.SINGLE_QA
+    first: TaskClass = FIRST
     then: TaskClass = TaskClass.UNKNOWN
     name: str = "unnamed"
     budgets: tuple[str, ...] = ()

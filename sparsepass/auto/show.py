@@ -89,7 +89,7 @@ def markdown(found: Comparison, requests: int) -> str:
         BEGIN,
         f"`{found.cheap}` first, {requests} requests per task, template and length. The policy that is told the class "
         f"costs {found.reference:.3f} of dense; savings are shares of its {1 - found.reference:.3f}, the probe's "
-        "cost and the first pass included. Kept: of the dense accuracy, by the task that keeps least. Intervals: 95%.",
+        "cost and both passes included. Kept: of the dense accuracy, by the task that keeps least. Intervals: 95%.",
         "",
         "| decides by | " + " | ".join(f"{_HELD[name]}: AUC | saving | kept" for name in held) + " |",
         "|---|" + "---|" * (3 * len(held)),
