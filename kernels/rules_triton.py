@@ -347,7 +347,7 @@ def rule_launch(
     }
     grid = (list_batch * list_heads * groups,)
     if by_coverage:
-        launch = Launch(_lists_by_coverage, grid, arguments, {"num_warps": {1024: 8, 8192: 8}.get(columns, 4)})
+        launch = Launch(_lists_by_coverage, grid, arguments, {"num_warps": {8192: 8}.get(columns, 4)})
     else:  # one warp: its scans need no barrier
         launch = Launch(_lists_by_level, grid, arguments | {"KEEP": rule.keep}, {"num_warps": 1})
     return launch, counts, lists

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from sparsepass.calibrate.switch import BudgetSwitch
 from sparsepass.cli import app
 from sparsepass.errors import OptionError
 from sparsepass.fingerprint import differences, fingerprint
+from sparsepass.methods import decode_budget
 from sparsepass.policy import Policy
 from sparsepass.tasks.base import Question, Sample
 from sparsepass.tasks.score import questions_at_once, score
 from sparsepass.tasks.tokens import TOKEN_TASKS
-from sparsepass.types import Budget, TaskClass
+from sparsepass.types import DENSE, Budget, TaskClass
 from tests.test_calibrate import Named
 from tests.tiny import SPARSE_OPTIONS, model, tokens
 
@@ -194,3 +196,12 @@ def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "equal_compute.png",
     }
     assert "Policy: " in again.stdout
+
+
+def test_budgets_that_leave_the_question_sparse_are_not_asked_behind_a_cache() -> None:
+    whole, sparse = decode_budget("a_shape(window=64, last=2)"), decode_budget("pooled_topk(density=0.1)")
+    options = command.CalibrateOptions(device="cpu")
+    assert command.mode_of(options, [whole, decode_budget("threshold(alpha=0.1)"), DENSE]) == "shared"
+    assert command.mode_of(options, [whole, sparse]) == "forced"
+    with pytest.raises(OptionError, match=r"pooled_topk\(density=0.1\).*last=2"):
+        command.mode_of(replace(options, mode="shared"), [whole, sparse])

@@ -14,6 +14,7 @@ from sparsepass.tasks import Sample, TaskError
 from sparsepass.tasks.score import ROOM, answer, score
 from sparsepass.tasks.tokens import TOKEN_TASKS, TokenTask
 from tests.test_tasks_tokens import solve
+from tests.tiny import model
 
 SIZE = 4096
 by_task = pytest.mark.parametrize("task", TOKEN_TASKS, ids=lambda task: task.name)
@@ -141,3 +142,20 @@ def test_models_that_return_an_object_with_logits() -> None:
         return SimpleNamespace(logits=oracle(ids))
 
     assert score(wrapped, sample, mode="forced") == [1.0]
+
+
+def test_questions_side_by_side_do_not_see_each_other() -> None:
+    """A random model answers each as alone behind the context, though they are of two lengths and share one cache."""
+    pytest.importorskip("transformers")
+    net = model("llama", vocab_size=4096)
+    one, many = (task.draw(400, 3, questions=7) for task in (TOKEN_TASKS[0], TOKEN_TASKS[1]))
+    sample = dataclasses.replace(one, questions=(*one.questions, *many.questions))
+    assert answer(net, sample, mode="shared") == answer(net, sample, mode="forced")
+
+
+def test_a_model_with_windows_of_its_own_is_asked_one_question_at_a_time() -> None:
+    """A mask would take the place of its windows."""
+    pytest.importorskip("transformers")
+    net = model("mistral", vocab_size=4096, sliding_window=100)
+    sample = TOKEN_TASKS[0].draw(300, 3, questions=4)
+    assert answer(net, sample, mode="shared") == answer(net, sample, mode="forced")

@@ -25,6 +25,10 @@ from tests.kernels.compile_offline import (
 
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 MATRIX_INSTRUCTION = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
+SPILLED = {"_lists_by_coverage": 8}
+"""Bytes: one register of 168, for lists of 1024 blocks by Triton 3.7 (3.6 spills none). Eight warps spill nothing and
+make the selection of top-p 31% slower (H200, Triton 3.6: 2.12 against 1.62 ms at 128K)."""
+
 FAST = [(torch.bfloat16, 128), (torch.float32, 64)]
 SLOW = problems(spec.CUDA.tuned_head_dims, tested=FAST)
 SLOW += [(target, torch.float16, size, True) for target in spec.CUDA.capabilities for size in (128, 256) if DEEP]
@@ -59,12 +63,12 @@ def compile_all(
 
 
 def check_launches(launches: list[Launch], capability: spec.Capability, dtype: torch.dtype) -> None:
-    """Compiles each: nothing spills, it fits, and what multiplies 16-bit numbers does so on the matrix units."""
+    """Compiles each: nothing spills but ``SPILLED``, it fits, and 16-bit products are on the matrix units."""
     for launch in launches:
         name = launch.kernel.__name__
         compiled = compile_launch(launch, capability)
         used = resources(compiled)
-        assert used["STACK"] + used["LOCAL"] == 0, f"{name} spills: {used}"
+        assert used["STACK"] + used["LOCAL"] <= SPILLED.get(name, 0), f"{name} spills: {used}"
         assert used["SHARED"] <= SHARED_LIMIT[capability], f"{name}: {used}"
         assert used["REG"] >= 8, f"{name} was compiled to nothing: {used}"
         if name in ("attend", "_mass_scores", "_fold_parts") and dtype != torch.float32:
