@@ -155,7 +155,7 @@ def test_a_policy_of_another_dtype_warns_once(llama: Any) -> None:
 def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meters: list[ModelMeter] = []
 
-    def opened(options: Any, budgets: Any, questions: int) -> command.Session:
+    def opened(options: Any, mode: str, budgets: Any, questions: int) -> command.Session:
         about = fingerprint(llama)
         log = Log(next(iter(options.log), None), about)
         meter = ModelMeter(llama, [TASK], BudgetSwitch(), log, Teacher(), questions)
