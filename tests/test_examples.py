@@ -44,6 +44,7 @@ SMALL = {
     "serving_hints": ["--length", "1100", "--always-sparse"],
     "unmatched_site": [],
     "watch_hints": ["--length", "2100", "--always-sparse", "--floor", "0.99"],
+    "without_hints": ["--length", "1024", "--fit", "4", "--requests", "1"],
 }
 EXPECTED = {
     "answers": ["Right answers by task and hint, 256 tokens", "multi_hop under multi_hop:", "Picture: answers.png"],
@@ -70,6 +71,7 @@ EXPECTED = {
     "serving_hints": ["threads: 6 requests", "asyncio: 6 requests", "that of its own hint: True"],
     "unmatched_site": ["2 sparse (density", "1 not matched", "the scores are scaled by 'norm', which is computed from"],
     "watch_hints": ["request 5: logits differ", "After call 1: single_qa runs", "single_qa now runs as: dense"],
+    "without_hints": ["token_chains: 0 of 2 requests lost", "yes │ right │ wrong", "of 4 requests ran again"],
 }
 
 
