@@ -10,6 +10,7 @@ python examples/without_hints.py
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from rich.table import Table
 import sparsepass
 import sparsepass.auto
 from sparsepass import dynamo, testbed
-from sparsepass.auto.collect import collect, draw
+from sparsepass.auto.collect import collect
 from sparsepass.auto.compare import Goal
 from sparsepass.auto.fitting import fit_router
 from sparsepass.auto.probe import Probe
 from sparsepass.auto.records import Records
 from sparsepass.methods import decode_budget, encode_budget
 from sparsepass.policy_rules import Rule
+from sparsepass.tasks.score import score
 from sparsepass.tasks.tokens import TOKEN_TASKS
 
 CHEAP = decode_budget("a_shape(window=64, sink=64, block=64, last=2)")
@@ -39,7 +41,7 @@ def fitted(length: int, requests: int) -> sparsepass.auto.Router:
     model = testbed.load(dtype=torch.float32)
     with Console(stderr=True).status("Collecting: every task, dense, cheap and broken ..."):
         places = collect(model, TOKEN_TASKS, [length], [CHEAP, STRESS], templates=[0], requests=requests, seed=1)
-    records = Records(tuple(places), {"probe": {"rows": Probe().rows}})
+    records = Records(tuple(places), {"probe": asdict(Probe())})
     router, held_out = fit_router(records, encode_budget(CHEAP), Goal(spare=0.05), candidate="recheck", name="example")
     for task, (missed, asked) in held_out.tasks.items():
         print(f"{task}: {missed} of {asked} requests lost that the router was not fitted on")
@@ -54,13 +56,6 @@ def served_model() -> Any:
     options = {"sparsepass.policy": policy, "sparsepass.always_sparse": True, "sparsepass.inductor": False}
     model.compile(backend=sparsepass.backend, dynamic=True, options=options)
     return model
-
-
-def answer(model: Any, ids: torch.Tensor, size: int, hint: str) -> list[int]:
-    with sparsepass.task(hint):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=size, do_sample=False)
-    found: list[int] = out[0, ids.shape[1] :].tolist()
-    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,14 +73,13 @@ def main(argv: list[str] | None = None) -> None:
         table.add_column(name)
     again = 0
     for task in TOKEN_TASKS:
-        prompts, answers = draw(task, args.length, args.requests, 0, torch.device("cpu"))
-        for ids, right in zip(prompts, answers.tolist(), strict=True):
-            found = answer(model, ids[None], len(right), "auto")
-            decision = attached.decisions[-1]
-            cheap = answer(model, ids[None], len(right), "single_qa")
+        for seed in range(args.requests):
+            sample = task.draw(args.length, seed)
+            found, cheap = (score(model, sample, task_hint=hint, mode="generate") for hint in ("auto", "single_qa"))
+            decision = attached.decisions[-1]  # of the first: the second has its hint
             odds = decision.scores[0] - router.threshold
             again += bool(decision.again)
-            words = ("right" if one == right else "wrong" for one in (found, cheap))
+            words = ("right" if one == [1.0] else "wrong" for one in (found, cheap))
             table.add_row(str(task.task_class), f"{odds:+.1f}", "yes" if decision.again else "no", *words)
     Console().print(table)
     total = args.requests * len(TOKEN_TASKS)

@@ -81,7 +81,7 @@ def test_weights_are_never_negative_and_find_the_signal() -> None:
     assert all(term.weight >= 0 for term in terms.values())
     assert max(terms, key=lambda name: terms[name].weight) == "shift"
     assert auc(scores(rows, terms, bias), rows.lost) > 0.99
-    turned = Rows(("shift",), -rows.values[:, 4:5], rows.lost, rows.cell, rows.cells)
+    turned = replace(rows, names=("shift",), values=-rows.values[:, 4:5])
     assert logistic(turned)[0]["shift"].weight < 1e-3, "a signal that points the wrong way counts for nothing"
     with pytest.raises(AutoError, match="needs both"):
         logistic(rows.take(~rows.lost))
@@ -94,7 +94,7 @@ def scored(draw: st.DrawFn) -> tuple[Rows, torch.Tensor]:
     cell = torch.tensor(draw(st.lists(st.integers(0, 2), min_size=count, max_size=count)))
     score = torch.tensor(draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count))).double()
     places = tuple(Place(f"t{at // 2}", "single_qa", 0, 100 + at, "b", 0.1, ()) for at in range(3))
-    return Rows(("shift",), score[:, None], lost, cell, places), score
+    return Rows(("shift",), score[:, None], lost, cell, places, torch.zeros_like(lost), (1.0,) * 3), score
 
 
 @given(scored(), st.floats(0.01, 0.5))

@@ -11,7 +11,7 @@ import torch
 
 from sparsepass.auto.error import AutoError
 from sparsepass.auto.probe import Probe, probe
-from sparsepass.auto.records import THEN, TOLD, Place
+from sparsepass.auto.records import THEN, TOLD, UNTRIED, Place
 from sparsepass.auto.router import FIRST
 from sparsepass.calibrate.setting import Setting, policy_setting
 from sparsepass.calibrate.switch import BudgetSwitch, counted
@@ -66,7 +66,7 @@ def collect(
                     at_all[TOLD] = _setting(model, policy, task.task_class, length)
                 for text, setting in at_all.items():
                     switch.active = setting
-                    looks = None if text in ("dense", THEN, TOLD) else chosen
+                    looks = None if text in UNTRIED else chosen
                     before = counted()
                     right, signals = measure(model, ids, answers, looks)
                     density = 1.0 if setting is None else (counted() - before).density or 1.0

@@ -6,7 +6,7 @@ task, each in turn. A score is fitted on the one part, with its threshold, and j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from sparsepass.auto.fit import Rows, logistic, rows_of, safe_threshold, scores,
 from sparsepass.auto.judge import Verdict, auc, interval, judge, known_before, not_worth_trying, resampled
 from sparsepass.auto.probe import SIGNALS, Probe
 from sparsepass.auto.records import TOLD, Place, Records
+from sparsepass.auto.router import Term
 
 RESAMPLES = 200
 """Of the requests, within each cell, for the intervals."""
@@ -206,14 +207,10 @@ def _judged(
             verdicts.append(known_before(part.test, score, goal.loss + 1e-9, error))
             score = score.clamp_max(1.0)
         else:
-            terms, bias = logistic(part.train)
-            mine = scores(part.train, terms, bias)
-            tried = torch.tensor([place.budget == cheap for place in part.train.cells])[part.train.cell]
-            limit = threshold(part.train.take(tried), mine[tried], loss=goal.loss, spare=goal.spare)
-            untried = not_worth_trying(part.train.take(tried), mine[tried], limit, probes)
-            score = scores(part.test, terms, bias)
-            verdicts.append(judge(part.test, score, limit, probes, error, untried))
-            score = score - limit  # so that parts with scores of their own can be ranked together
+            fit = fitted(part.train, cheap, goal, probes)
+            score = fit.score(part.test)
+            verdicts.append(judge(part.test, score, fit.limit, probes, error, fit.untried))
+            score = score - fit.limit  # so that parts with scores of their own can be ranked together
         ranked.append(score)
     verdict = Verdict(tuple(cell for one in verdicts for cell in one.cells))
     rows, score = together([part.test for part in parts]), torch.cat(ranked)
@@ -237,6 +234,29 @@ def _judged(
     )
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What rows teach: log-odds, the threshold for the budget to be tried, lengths at which trying does not pay."""
+
+    terms: dict[str, Term]
+    bias: float
+    limit: float
+    untried: set[int]
+
+    def score(self, rows: Rows) -> torch.Tensor:
+        return scores(rows, self.terms, self.bias)
+
+
+def fitted(train: Rows, cheap: str, goal: Goal, probes: Mapping[int, float]) -> Fitted:
+    """Fit on every row; the threshold and the lengths are those for the rows under ``cheap``. ``probes``: the probe's
+    cost by length. Raises ``AutoError``."""
+    terms, bias = logistic(train)
+    tried = train.take(torch.tensor([place.budget == cheap for place in train.cells])[train.cell])
+    score = scores(tried, terms, bias)
+    limit = threshold(tried, score, loss=goal.loss, spare=goal.spare)
+    return Fitted(terms, bias, limit, not_worth_trying(tried, score, limit, probes))
+
+
 def share_saved(cost: float, reference_cost: float) -> float:
     """Of what the calibrated policy saves over dense."""
     return (1 - cost) / (1 - reference_cost) if reference_cost < 1 else float("nan")
@@ -254,6 +274,6 @@ def together(rows: Sequence[Rows]) -> Rows:
         lost=torch.cat([one.lost for one in rows]),
         cell=torch.cat(cell),
         cells=tuple(place for one in rows for place in one.cells),
-        lost_again=torch.cat([one.missed(torch.ones_like(one.lost)) for one in rows]),
-        then=tuple(one.cost_again(cell) for one in rows for cell in range(len(one.cells))),
+        lost_again=torch.cat([one.lost_again for one in rows]),
+        then=tuple(cost for one in rows for cost in one.then),
     )

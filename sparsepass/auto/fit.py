@@ -25,7 +25,7 @@ RIDGE = 1e-2
 class Rows:
     """Requests that dense answers right: signals [N, K], lost [N], and the cell (a number) each belongs to [N].
 
-    ``lost_again`` [N]: lost as well if it runs again (none if absent); ``then``: what that costs, by cell (1, dense).
+    ``lost_again`` [N]: lost as well if it runs again; ``then``: what that costs, by cell, where dense is 1.
     """
 
     names: tuple[str, ...]
@@ -33,22 +33,16 @@ class Rows:
     lost: torch.Tensor
     cell: torch.Tensor
     cells: tuple[Place, ...]
-    lost_again: torch.Tensor | None = None
-    then: tuple[float, ...] = ()
+    lost_again: torch.Tensor
+    then: tuple[float, ...]
 
     def missed(self, again: torch.Tensor) -> torch.Tensor:
         """Which are lost, bool [N], if those of ``again`` [N] run again."""
-        second = torch.zeros_like(self.lost) if self.lost_again is None else self.lost_again
-        return torch.where(again, second, self.lost)
-
-    def cost_again(self, cell: int) -> float:
-        return self.then[cell] if self.then else 1.0
+        return torch.where(again, self.lost_again, self.lost)
 
     def take(self, chosen: torch.Tensor) -> Rows:
-        second = None if self.lost_again is None else self.lost_again[chosen]
-        return replace(
-            self, values=self.values[chosen], lost=self.lost[chosen], cell=self.cell[chosen], lost_again=second
-        )
+        values, lost, again, cell = (x[chosen] for x in (self.values, self.lost, self.lost_again, self.cell))
+        return replace(self, values=values, lost=lost, lost_again=again, cell=cell)
 
 
 def rows_of(records: Records, places: Iterable[Place], names: Sequence[str], part: int | None = None) -> Rows:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
-from sparsepass.auto.compare import CANDIDATES, Goal
+from sparsepass.auto.compare import CANDIDATES, Goal, fitted
 from sparsepass.auto.error import AutoError
-from sparsepass.auto.fit import logistic, rows_of, scores, threshold
-from sparsepass.auto.judge import Verdict, judge, not_worth_trying
+from sparsepass.auto.fit import rows_of
+from sparsepass.auto.judge import Verdict, judge
 from sparsepass.auto.probe import Probe
 from sparsepass.auto.records import Records
 from sparsepass.auto.router import Router
@@ -33,25 +31,22 @@ def fit_router(
     tried = set(records.tried())
     train = rows_of(records, records.of(budget=tried), chosen.signals, 0)
     held = rows_of(records, records.of(budget=cheap), chosen.signals, 1)
-    terms, bias = logistic(train)
-    mine = scores(train, terms, bias)
-    is_cheap = torch.tensor([place.budget == cheap for place in train.cells])[train.cell]
-    limit = min(LARGEST, threshold(train.take(is_cheap), mine[is_cheap], loss=goal.loss, spare=goal.spare))
     probes = {length: chosen.probe_cost(length, settings) for length in records.lengths()}
-    untried = not_worth_trying(train.take(is_cheap), mine[is_cheap], limit, probes)
-    lengths = [length for length in records.lengths() if length not in untried]
+    fit = fitted(train, cheap, goal, probes)
+    limit = min(LARGEST, fit.limit)
+    lengths = [length for length in records.lengths() if length not in fit.untried]
     if not lengths:
         raise AutoError(
             f"Trying {cheap} first costs as much at every length as what runs again: without a hint that runs at once."
         )
-    verdict = judge(held, scores(held, terms, bias), limit, probes, 1 - goal.confidence, untried)
+    verdict = judge(held, fit.score(held), limit, probes, 1 - goal.confidence, fit.untried)
     about = {key: value for key, value in records.about.items() if key != "probe"}
     router = Router(
-        terms,
-        bias,
+        fit.terms,
+        fit.bias,
         limit,
         settings if chosen.rows else Probe(0),
-        above=max([lengths[0] - lengths[0] // 8 - 1, *untried]),
+        above=max([lengths[0] - lengths[0] // 8 - 1, *fit.untried]),
         up_to=lengths[-1],
         name=name,
         budgets=(cheap,),

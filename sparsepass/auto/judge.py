@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,10 +80,11 @@ def judge(
         here = rows.cell == number
         count = int(here.sum())
         missed = int((here & lost).sum())
-        share = float(again[here].double().mean()) if count else 0.0
-        cost = place.density + probe_cost.get(place.length, 0.0) + share * rows.cost_again(number)
         if place.length in untried:
-            share, cost = 0.0, rows.cost_again(number)
+            share, cost = 0.0, rows.then[number]
+        else:
+            share = float(again[here].double().mean()) if count else 0.0
+            cost = place.density + probe_cost.get(place.length, 0.0) + share * rows.then[number]
         cells.append(Cell(place, count, share, missed, upper_bound(missed, count, error), cost))
     return Verdict(tuple(cells))
 
@@ -95,7 +96,7 @@ def not_worth_trying(rows: Rows, score: torch.Tensor, threshold: float, probe_co
     for number, cell in enumerate(verdict.cells):
         if not cell.questions:
             continue  # of another budget, or nothing that dense answers
-        costs.setdefault(cell.place.length, []).append((cell.cost, rows.cost_again(number)))
+        costs.setdefault(cell.place.length, []).append((cell.cost, rows.then[number]))
     dear = [length for length, pairs in costs.items() if sum(one for one, _ in pairs) >= sum(two for _, two in pairs)]
     return {length for length in costs if length <= max(dear, default=0)}
 
@@ -104,14 +105,7 @@ def known_before(rows: Rows, score: torch.Tensor, threshold: float, error: float
     """As ``judge``, for a score that is known before anything ran: no cheap pass for what would run again."""
     ran = judge(rows, score, threshold, {}, error)
     cells = [
-        Cell(
-            cell.place,
-            cell.questions,
-            cell.again,
-            cell.missed,
-            cell.upper,
-            cell.again * rows.cost_again(number) + (1 - cell.again) * cell.place.density,
-        )
+        replace(cell, cost=cell.again * rows.then[number] + (1 - cell.again) * cell.place.density)
         for number, cell in enumerate(ran.cells)
     ]
     return Verdict(tuple(cells))

@@ -21,6 +21,9 @@ THEN = "then"
 TOLD = "told"
 """Budget of a place that ran under what a policy gives the task's own class."""
 
+UNTRIED = ("dense", THEN, TOLD)
+"""Budgets of places that no look at the prefill belongs to."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -83,7 +86,7 @@ class Records:
 
     def tried(self) -> list[str]:
         """Budgets that were tried with a look at their prefill, in order."""
-        return [name for name in dict.fromkeys(place.budget for place in self.places) if name not in _KNOWN]
+        return [name for name in dict.fromkeys(place.budget for place in self.places) if name not in UNTRIED]
 
     def like(self, place: Place, budget: str) -> Place | None:
         """The place of the same requests under another budget, if there is one."""
@@ -94,9 +97,6 @@ class Records:
 
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(place.task for place in self.places))
-
-
-_KNOWN = ("dense", THEN, TOLD)
 
 
 def _is(given: Any, wanted: Any) -> bool:

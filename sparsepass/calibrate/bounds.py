@@ -99,8 +99,7 @@ class Paired:
 
     def upper(self, error: float) -> float:
         """A bound that the loss is over with probability ``error`` at most."""
-        effect = self.design_effect
-        return self._upper(self.lost / effect, self.gained / effect, self.right / effect, error)
+        return _upper(*self._counted(), error)
 
     def best_upper(self, error: float, questions: float, doubt: float) -> float:
         """The upper bound after so many questions in all, if it goes well: from now on as few are lost and gained as
@@ -109,19 +108,23 @@ class Paired:
         if not self.questions:
             return 0.0
         more = max(1.0, questions / self.questions)
-        trials = self.right / self.design_effect
-        lost, gained = self.lost / self.design_effect, self.gained / self.design_effect
+        lost, gained, trials = self._counted()
         least = [lower_bound(min(one, trials), trials, doubt) * (more - 1.0) * trials for one in (lost, gained)]
-        return self._upper(lost + max(least), gained + least[1], more * trials, error)
-
-    def _upper(self, lost: float, gained: float, trials: float, error: float) -> float:
-        return upper_bound(lost, trials, LOST_SHARE * error) - lower_bound(gained, trials, (1 - LOST_SHARE) * error)
+        return _upper(lost + max(least), gained + least[1], more * trials, error)
 
     def lower(self, error: float) -> float:
         """A bound that the loss is under with probability ``error`` at most."""
-        trials = self.right / self.design_effect
-        lost, gained = self.lost / self.design_effect, self.gained / self.design_effect
+        lost, gained, trials = self._counted()
         return lower_bound(lost, trials, LOST_SHARE * error) - upper_bound(gained, trials, (1 - LOST_SHARE) * error)
+
+    def _counted(self) -> tuple[float, float, float]:
+        """Questions lost, gained and right densely, as many as they count for."""
+        effect = self.design_effect
+        return self.lost / effect, self.gained / effect, self.right / effect
+
+
+def _upper(lost: float, gained: float, trials: float, error: float) -> float:
+    return upper_bound(lost, trials, LOST_SHARE * error) - lower_bound(gained, trials, (1 - LOST_SHARE) * error)
 
 
 def design_effect(per_context: float, correlation: float = LEAST_CORRELATION) -> float:

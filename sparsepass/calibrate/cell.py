@@ -32,9 +32,7 @@ class Meter(Protocol):
 def prefetch(meter: Meter, task: str, length: int, seeds: Sequence[int], setting: Setting | None) -> None:
     """Have a meter that can batch ask ahead: under the setting, and densely where that got something wrong."""
     ahead = getattr(meter, "prefetch", None)
-    if ahead is None:
-        return
-    if ahead(task, length, seeds, setting) and setting is not None:
+    if ahead is not None and ahead(task, length, seeds, setting) and setting is not None:
         ahead(task, length, [s for s in seeds if min(meter.run(task, length, s, setting).scores) < 1], None)
 
 

@@ -72,8 +72,7 @@ class ModelMeter:
         self.lookups += 1
         key = (task, length, seed, setting_text(setting))
         found = self._log.get(key)
-        if found is None and self._batched(task):
-            self.prefetch(task, length, [seed], setting)
+        if found is None and self.prefetch(task, length, [seed], setting):
             found = self._log.get(key)
         if found is None:
             with self._running(setting) as ran:

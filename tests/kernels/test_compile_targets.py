@@ -25,9 +25,9 @@ from tests.kernels.compile_offline import (
 
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 MATRIX_INSTRUCTION = {(8, 0): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
-SPILLED = {"_lists_by_coverage": 8}
-"""Bytes: one register of 168, for lists of 1024 blocks by Triton 3.7 (3.6 spills none). Eight warps spill nothing and
-make the selection of top-p 31% slower (H200, Triton 3.6: 2.12 against 1.62 ms at 128K)."""
+SPILLED = {("_lists_by_coverage", 1024, (9, 0)): 8}
+"""Bytes by kernel, blocks and target: one register of 168, by Triton 3.7 (3.6 spills none). Eight warps spill nothing
+and make the selection of top-p 31% slower (H200, Triton 3.6: 2.12 against 1.62 ms at 128K)."""
 
 FAST = [(torch.bfloat16, 128), (torch.float32, 64)]
 SLOW = problems(spec.CUDA.tuned_head_dims, tested=FAST)
@@ -68,7 +68,8 @@ def check_launches(launches: list[Launch], capability: spec.Capability, dtype: t
         name = launch.kernel.__name__
         compiled = compile_launch(launch, capability)
         used = resources(compiled)
-        assert used["STACK"] + used["LOCAL"] <= SPILLED.get(name, 0), f"{name} spills: {used}"
+        spilled = SPILLED.get((name, launch.arguments.get("COLUMNS", 0), capability), 0)
+        assert used["STACK"] + used["LOCAL"] <= spilled, f"{name} spills: {used}"
         assert used["SHARED"] <= SHARED_LIMIT[capability], f"{name}: {used}"
         assert used["REG"] >= 8, f"{name} was compiled to nothing: {used}"
         if name in ("attend", "_mass_scores", "_fold_parts") and dtype != torch.float32:
