@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels import attend_hopper
 from sparsepass.kernels import launch as host
+from sparsepass.kernels.arguments import check_counter, check_lists, check_segments
 from sparsepass.kernels.attend_tiles_triton import attend, attend_again
 from sparsepass.kernels.block_map_triton import block_map_cuda, in_kernel_form, pair_arguments, term_arguments
 from sparsepass.kernels.blocks import ceil_div, split_head, tile_side
@@ -154,9 +155,9 @@ def attend_launches(
     """
     scores = Scores() if scores is None else scores
     host.check_shapes(q, k, v, offset, q_block, kv_block)
-    host.check_lists(kv_num_blocks, kv_indices, q, q_block)
-    host.check_counter(counter, q)
-    q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
+    check_lists(kv_num_blocks, kv_indices, q, q_block)
+    check_counter(counter, q)
+    q_segments, kv_segments = check_segments(q, k, q_segments, kv_segments)
     refuse_unsupported("block_sparse_attention_cuda", q, v.shape[3])
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_head_dim = k.shape[1], k.shape[2], v.shape[3]

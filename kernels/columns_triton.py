@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
+from sparsepass.kernels.arguments import check_columns, check_counter, check_lists, check_segments
 from sparsepass.kernels.block_map_triton import in_kernel_form, pair_arguments, term_arguments
 from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
@@ -636,24 +637,6 @@ def attend_columns_cuda(
     run_prepared(q.device, ("columns", scores.softcap, *options.values()), tensors, build)
 
 
-def _check_columns(num: Tensor, indices: Tensor, q: Tensor, rows: int) -> None:
-    batch, heads = q.shape[:2]
-    shape = tuple(num.shape)
-    host.require(
-        len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] in (1, rows),
-        lambda: f"columns.num has shape {shape}; expected [{batch} or 1, {heads} or 1, {rows} or 1].",
-    )
-    host.require(
-        indices.dim() == 4 and tuple(indices.shape[:3]) == shape and indices.shape[3] > 0,
-        lambda: f"columns.indices has shape {tuple(indices.shape)}; expected {(*shape, 'width')}, width at least 1.",
-    )
-    for name, x in (("num", num), ("indices", indices)):
-        host.require(
-            x.dtype == torch.int32 and x.device == q.device,
-            lambda: f"columns.{name} is {x.dtype} on {x.device}; expected int32 on {q.device}.",  # noqa: B023
-        )
-
-
 def _shared(x: Tensor, dim: int) -> int:
     """The stride of a dimension, 0 where its one entry serves all."""
     return x.stride(dim) if x.shape[dim] > 1 else 0
@@ -685,14 +668,14 @@ def column_launches(
     """The launches of ``attend_columns_cuda``. ``scores`` in the form of ``in_kernel_form``, ``blocks`` contiguous."""
     scores = Scores() if scores is None else scores
     host.check_shapes(q, k, v, offset, q_block, kv_block)
-    host.check_lists(kv_num_blocks, kv_indices, q, q_block)
-    host.check_counter(counter, q)
-    q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
+    check_lists(kv_num_blocks, kv_indices, q, q_block)
+    check_counter(counter, q)
+    q_segments, kv_segments = check_segments(q, k, q_segments, kv_segments)
     refuse_unsupported("attend_columns_cuda", q, v.shape[3])
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_head_dim = k.shape[1], k.shape[2], v.shape[3]
     rows = ceil_div(q_len, q_block)
-    _check_columns(column_num, column_indices, q, rows)
+    check_columns(column_num, column_indices, q, q_block)
     host.require(
         tuple(out.shape) == (batch, heads, q_len, v_head_dim)
         and out.dtype == q.dtype

@@ -13,11 +13,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from sparsepass.errors import OptionError, close_names
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # compilers default to 256 bits; the softmax is a third of the time in bf16
 
 
+KERNEL_ENV = "SPARSEPASS_CPU_KERNEL"
+KERNELS = ("native", "torch")
+"""Values of the environment variable: the C++ kernels (the default), or torch operations."""
+
+
 class BuildError(Exception):
     """Why the C++ kernels cannot be had here."""
 
@@ -35,78 +41,114 @@ class BuildError(Exception):
 def _compiler() -> list[str]:
     given = os.environ.get("CXX")
     if given:
-        return shlex.split(given)
+        try:
+            command = shlex.split(given)
+        except ValueError as error:
+            raise BuildError(f"CXX is {given!r}, which is no command ({error}); name a C++ compiler") from error
+        if not command or not shutil.which(command[0]):
+            raise BuildError(f"CXX is {given!r}, and there is no such program; name a C++ compiler, or unset it")
+        return command
     for name in COMPILERS:
         if shutil.which(name):
             return [name]
     raise BuildError(f"no C++ compiler found (looked for CXX, {', '.join(COMPILERS)})")
 
 
-def _cpu_name() -> str:
-    """What -march=native depends on: a cache shared by machines must not hand one the other's instructions."""
+def _machine() -> str:
+    """What a library depends on besides its source: a cache shared by machines must not hand one the other's."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
     features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
-    return "\n".join([platform.machine(), platform.processor(), *features])
+    return "\n".join([platform.machine(), platform.processor(), libc or "", *features])
 
 
-def _cache_folder() -> Path:
-    """Private to the user: what lies there is loaded as code."""
-    home = os.environ.get("SPARSEPASS_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sparsepass"
-    )
-    folder = Path(home)
+def _cache_folder() -> Path | None:
+    """Where the library is kept; None where no folder is private to this user."""
+    from sparsepass.kernels import cpu_cache  # Linux alone has what it needs
+
+    return cpu_cache.usable_folder()
+
+
+def _file_name(compiler: list[str]) -> str:
+    """The library's name: another for each source, compiler, flags, torch and CPU."""
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    parts = (*sources, shlex.join(compiler), torch.__version__, torch.__file__, " ".join(FLAGS), _machine())
+    return f"cpu_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
+
+
+def _compile(compiler: list[str], folder: Path) -> bytes:
+    """The library's bytes, compiled in ``folder`` (about 10 s)."""
+    package, output = Path(torch.__file__).parent, folder / "built.so"
+    includes = (package / "include", package / "include" / "torch" / "csrc" / "api" / "include")
+    command = [*compiler, *FLAGS, *(f"-I{path}" for path in includes), *map(str, SOURCES), "-o", str(output)]
+    command += [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="sparsepass-"))
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace")[-2000:].strip() or f"it ended with {done.returncode}"
+            raise BuildError(f"{shlex.join(command)} failed:\n{said}")
+        return output.read_bytes()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{shlex.join(command)}: {error}") from error
+
+
+def _built() -> tuple[Path | None, bytes]:
+    """The library's bytes, compiled unless they are kept, and the file that keeps them, if any."""
+    if platform.system() != "Linux":
+        raise BuildError(f"the C++ kernels are built on Linux only, this is {platform.system()}")
+    from sparsepass.kernels import cpu_cache
+
+    compiler, folder = _compiler(), _cache_folder()
+    file = None if folder is None else folder / _file_name(compiler)
+    if folder is not None and file is not None:
+        cpu_cache.remove_left_over(folder)
+        kept = cpu_cache.read(file)
+        if kept is not None:
+            return file, kept
+    try:
+        with cpu_cache.build_folder(folder) as place:
+            library = _compile(compiler, place)
+    except OSError as error:
+        raise BuildError(f"there is no folder to build in: {error}; set SPARSEPASS_CACHE_DIR or TMPDIR") from error
+    if file is not None:
+        try:
+            cpu_cache.keep(file, library)
+        except OSError as error:
+            cpu_cache.say_not_kept(f"{str(file)!r} cannot be written ({error.strerror})")
+            return None, library
+    return file, library
 
 
 def build() -> Path:
-    """The shared library for this source, compiler, torch and CPU; compiled if it is not there yet (about 10 s)."""
-    if platform.system() != "Linux":
-        raise BuildError(f"the C++ kernels are built on Linux only, this is {platform.system()}")
-    compiler = _compiler()
-    package = Path(torch.__file__).parent
-    includes = (package / "include", package / "include" / "torch" / "csrc" / "api" / "include")
-    sources = [source.read_text() for source in SOURCES]
-    parts = (*sources, shlex.join(compiler), torch.__version__, str(package), " ".join(FLAGS), _cpu_name())
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    library = _cache_folder() / f"cpu_{key}.so"
-    if library.exists():
-        return library
-    # Processes may build side by side: each under its own name, then one atomic rename.
-    handle, part = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    command = [*compiler, *FLAGS, *(f"-I{path}" for path in includes), *map(str, SOURCES), "-o", part]
-    command += [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-        os.replace(part, library)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{shlex.join(command)}: {error}") from error
-    finally:
-        Path(part).unlink(missing_ok=True)
-    return library
+    """The file that keeps the compiled library, compiled if it is not there yet. Raises ``BuildError``."""
+    file, _ = _built()
+    if file is None:
+        raise BuildError("there is no folder to keep the library in; set SPARSEPASS_CACHE_DIR to a folder of your own")
+    return file
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None where it cannot be built; ``SPARSEPASS_CPU_KERNEL=torch`` also gives None."""
-    if os.environ.get("SPARSEPASS_CPU_KERNEL", "") == "torch":
+    """The loaded library, or None where it cannot be built; ``SPARSEPASS_CPU_KERNEL=torch`` also gives None.
+
+    Raises ``OptionError`` for another value of that variable.
+    """
+    wanted = os.environ.get(KERNEL_ENV, "")
+    if wanted not in ("", *KERNELS):
+        raise OptionError(f"{KERNEL_ENV} is {wanted!r}. {close_names(wanted, KERNELS)}")
+    if wanted == "torch":
         return None
     try:
-        built = ctypes.CDLL(str(build()))
-        if not built.sparsepass_runs():
+        content = _built()[1]
+        from sparsepass.kernels.cpu_cache import load
+
+        found = load(content)
+        if not found.sparsepass_runs():
             raise BuildError("this CPU has no packed matrix products in PyTorch (oneDNN's, x86 with AVX2 and later)")
-        return built
-    except (BuildError, OSError) as error:
+        return found
+    except (BuildError, OSError, AttributeError) as error:
         log.warning("block-sparse attention on the CPU runs as torch operations, about half as fast: %s", error)
         return None

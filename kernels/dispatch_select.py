@@ -7,7 +7,16 @@ from collections.abc import Callable
 import torch
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import BlockLists, Visible, check_inputs
+from sparsepass.kernels.arguments import check_counter
+from sparsepass.kernels.dispatch import (
+    BlockLists,
+    Visible,
+    check_inputs,
+    check_visible,
+    empty_lists,
+    is_empty,
+    with_head_size,
+)
 from sparsepass.kernels.rules import Rule
 from sparsepass.kernels.support import default_block
 
@@ -34,9 +43,12 @@ def select_pooled_topk(
     device; the number of visible blocks is added to its last entry. No host synchronization. Raises
     ``KernelInputError``.
     """
-    size = _block_size(query, key, block)
+    size = _block_size(query, key, visible, block, counter)
     if isinstance(density, torch.Tensor):
         density = _per_head("density", density, query)
+    if is_empty(query, key):
+        return empty_lists(query, size)
+    query, key = with_head_size(query, key)
     select: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     if query.device.type == "cuda":
         from sparsepass.kernels.select_triton import select_blocks_cuda
@@ -79,9 +91,12 @@ def select_scored(
     ``dial``: float32 [B or 1, H or 1] on the device, each head's own dial; one that costs more than the rule's is cut
     to it. Lists by position alone may have a batch or heads of 1. Otherwise as ``select_pooled_topk``.
     """
-    size = _block_size(query, key, block)
+    size = _block_size(query, key, visible, block, counter)
     if dial is not None:
         _per_head("dial", dial, query)
+    if is_empty(query, key):
+        return empty_lists(query, size)
+    query, key = with_head_size(query, key)
     select: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     if query.device.type == "cuda":
         from sparsepass.kernels.select_scored_triton import select_scored_cuda
@@ -106,13 +121,17 @@ def select_scored(
     return BlockLists(num, indices, size, size)
 
 
-def _block_size(query: torch.Tensor, key: torch.Tensor, block: int | None) -> int:
+def _block_size(
+    query: torch.Tensor, key: torch.Tensor, visible: Visible, block: int | None, counter: torch.Tensor | None
+) -> int:
     """Tokens per block, after the tensors have been checked."""
     check_inputs(query, key, key)
+    check_visible(query, key, visible)
+    check_counter(counter, query)
     size = default_block(query.device) if block is None else block
     if size not in (64, 128):
         raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
-    return size
+    return int(size)
 
 
 def _per_head(name: str, values: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

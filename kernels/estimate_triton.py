@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
+from sparsepass.kernels.arguments import check_segments
 from sparsepass.kernels.blocks import ceil_div, dim_steps
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.prepared import run_prepared
@@ -316,7 +317,7 @@ def estimate_launches(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of ``estimate_cuda`` and the sums that they fill. In float32 a window has 32 queries at most."""
     host.check_shapes(q, k, None, offset, 128, 128)
-    q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
+    q_segments, kv_segments = check_segments(q, k, q_segments, kv_segments)
     refuse_unsupported("estimate_cuda", q)
     batch, heads, _, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsepass.errors import KernelInputError
+from sparsepass.kernels.arguments import check_counter
 from sparsepass.kernels.blocks import ceil_div
-from sparsepass.kernels.dispatch import BlockLists, Columns, Visible
+from sparsepass.kernels.dispatch import BlockLists, Columns, Visible, empty_lists, is_empty, with_head_size
 from sparsepass.kernels.scores import HIDDEN
 from sparsepass.kernels.slash import (
     SINK_TOKENS,
@@ -57,6 +58,10 @@ def select_flex_prefill(
         raise KernelInputError(f"most is {most!r}; accepted is a share above 0 and at most 1.")
     problem = problem_of(query, key, visible, block)
     check_dial(dial, query)
+    check_counter(counter, query)
+    if is_empty(query, key):
+        return empty_lists(query, problem.block)
+    query, key = with_head_size(query, key)
     run = steps_of(query.device) if steps is None else steps
     found = estimate(query, key, problem, visible, scale, queries, run)
 

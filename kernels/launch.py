@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from sparsepass.errors import KernelInputError
+from sparsepass.kernels.arguments import MAX_TOKENS
 from sparsepass.kernels.blocks import ceil_div
 
 NO_LIMIT = 1 << 30
 """An unbounded side of a band, small enough that position plus limit stays inside int32."""
-
-MAX_TOKENS = 1 << 29
-"""Positions and offsets stay under this, so that every in-kernel comparison fits int32. Addresses are int64."""
 
 VARYING = (
     *("q_len", "kv_len", "length", "rows", "tiles", "blocks", "kv_blocks", "width", "groups", "programs"),
@@ -118,56 +116,3 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor | None, offset: int, q_block: i
             block >= 16 and block & (block - 1) == 0,
             lambda: f"{name} is {block}; expected a power of two of at least 16.",  # noqa: B023
         )
-
-
-def check_segments(
-    q: Tensor, k: Tensor, q_segments: Tensor | None, kv_segments: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The segments as the kernels take them. Raises KernelInputError on a wrong shape, dtype or device."""
-    if kv_segments is None:
-        require(
-            q_segments is None,
-            lambda: "q_segments is given without kv_segments; pass both, or kv_segments alone for key padding.",
-        )
-        return None, None
-    for name, segments, x in (("q_segments", q_segments, q), ("kv_segments", kv_segments, k)):
-        if segments is None:
-            continue
-        wanted = (x.shape[0], x.shape[2])
-        require(
-            tuple(segments.shape) == wanted and segments.dtype == torch.int32 and segments.device == q.device,
-            lambda: (
-                f"{name} is {segments.dtype} {tuple(segments.shape)} on {segments.device}; "  # noqa: B023
-                f"expected int32 {wanted} on {q.device}."  # noqa: B023
-            ),
-        )
-    return q_segments, kv_segments
-
-
-def check_lists(kv_num_blocks: Tensor, kv_indices: Tensor, q: Tensor, q_block: int) -> None:
-    """Raises KernelInputError unless the lists fit q: [B or 1, H or 1, nq] and [..., width], int32, on q's device."""
-    batch, heads = q.shape[:2]
-    rows = ceil_div(q.shape[2], q_block)
-    shape = tuple(kv_num_blocks.shape)
-    require(
-        len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == rows,
-        lambda: f"kv_num_blocks has shape {shape}; expected [{batch} or 1, {heads} or 1, {rows}].",
-    )
-    require(
-        kv_indices.dim() == 4 and tuple(kv_indices.shape[:3]) == shape and kv_indices.shape[3] > 0,
-        lambda: f"kv_indices has shape {tuple(kv_indices.shape)}; expected {(*shape, 'width')}, width at least 1.",
-    )
-    for name, lists in (("kv_num_blocks", kv_num_blocks), ("kv_indices", kv_indices)):
-        require(
-            lists.dtype == torch.int32 and lists.device == q.device,
-            lambda: f"{name} is {lists.dtype} on {lists.device}; expected int32 on {q.device}.",  # noqa: B023
-        )
-
-
-def check_counter(counter: Tensor | None, q: Tensor) -> None:
-    """Raises KernelInputError unless the counter is None or contiguous int64 [3] on q's device."""
-    require(
-        counter is None
-        or (tuple(counter.shape) == (3,) and counter.dtype == torch.int64 and counter.device == q.device),
-        lambda: f"counter is {counter!r}; expected int64 [3] on {q.device}.",
-    )

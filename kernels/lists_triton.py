@@ -74,6 +74,9 @@ def _partition_lists(
     ``blocks_ptr``: a block map int8 [B or 1, H or 1, rows, kv_blocks] or None. What it has 0 for is left out, and what
     it has no 2 for needs a mask. Sets the ticket counter to 0, from which the attention's programs may draw.
 
+    Counts are cut to the width, and blocks that the keys do not have to the nearest that they have: whatever a list
+    says, the attention reads what is there.
+
     Grid: (rows, heads, batch) of the lists. ``times`` is how many (batch, head) pairs share a row, for the counter.
     """
     row = tl.program_id(0)
@@ -85,6 +88,7 @@ def _partition_lists(
         + head.to(tl.int64) * count_stride_h
         + row.to(tl.int64) * count_stride_r
     )
+    count = tl.minimum(tl.maximum(count, 0), width)
     source = (
         lists_ptr
         + item.to(tl.int64) * list_stride_b
@@ -111,6 +115,7 @@ def _partition_lists(
         for begin in range(0, listed, CHUNK):
             entry = begin + tl.arange(0, CHUNK)
             block = tl.load(source + entry.to(tl.int64) * list_stride_e, mask=entry < listed, other=0)
+            block = tl.minimum(tl.maximum(block, 0), kv_blocks - 1)
             kept = tl.load(states + block, mask=entry < listed, other=0) != 0
             count += tl.sum(kept.to(tl.int32), 0)
     else:
@@ -121,6 +126,7 @@ def _partition_lists(
         entry = begin + tl.arange(0, CHUNK)
         valid = entry < listed
         block = tl.load(source + entry.to(tl.int64) * list_stride_e, mask=valid, other=0)
+        block = tl.minimum(tl.maximum(block, 0), kv_blocks - 1)
         first_key = block * KV_BLOCK
         last_key = first_key + KV_BLOCK - 1
         whole = (last_key < kv_len) & (first_key >= last_position - left) & (last_key <= first_position + right)

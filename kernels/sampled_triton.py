@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
+from sparsepass.kernels.arguments import check_segments
 from sparsepass.kernels.blocks import ceil_div, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.prepared import run_prepared
@@ -195,7 +196,7 @@ def sampled_launches(
 ) -> tuple[list[Launch], Tensor]:
     """The launches of ``kept_mass_cuda`` and what they fill."""
     host.check_shapes(q, k, None, offset, 128, 128)
-    q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
+    q_segments, kv_segments = check_segments(q, k, q_segments, kv_segments)
     refuse_unsupported("kept_mass_cuda", q)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]

@@ -66,8 +66,12 @@ def check_scores(scores: Scores | None, query: Tensor, key: Tensor, *, by_query:
         return None
     batch, heads, q_len, _ = query.shape
     softcap, slopes, sinks = scores.softcap, scores.slopes, scores.sinks
-    if softcap is not None and not 0 < softcap < float("inf"):
+    if softcap is not None and (not isinstance(softcap, int | float) or not 0 < softcap < float("inf")):
         raise KernelInputError(f"softcap is {softcap!r}; accepted is a number above 0, or None for none.")
+    for name, x in zip(("slopes", "bias", "mask", "sinks"), scores.tensors, strict=True):
+        if x is not None and (not isinstance(x, Tensor) or x.layout != torch.strided):
+            kind = x.layout if isinstance(x, Tensor) else type(x).__name__
+            raise KernelInputError(f"{name} is of type {kind}; accepted is a strided tensor on {query.device}.")
     whole = (batch, heads, q_len, key.shape[2])
     for name, x, kinds in (("bias", scores.bias, BIAS_DTYPES), ("mask", scores.mask, (torch.bool,))):
         if x is None:

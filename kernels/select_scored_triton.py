@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
+from sparsepass.kernels.arguments import check_counter, check_segments
 from sparsepass.kernels.blocks import ceil_div, dim_steps
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.lists_triton import segment_range_launch
@@ -118,8 +119,8 @@ def scored_launches(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of ``select_scored_cuda`` and the lists they fill; of ``blocks_map``'s blocks, if it is given."""
     host.check_shapes(q, k, None, offset, q_block, kv_block)
-    host.check_counter(counter, q)
-    q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
+    check_counter(counter, q)
+    q_segments, kv_segments = check_segments(q, k, q_segments, kv_segments)
     refuse_unsupported("select_scored_cuda", q)
     check_rule(rule, q_block, kv_block)
     batch, heads, q_len, head_dim = q.shape

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepass.kernels import launch as host
+from sparsepass.kernels.arguments import check_counter, check_segments
 from sparsepass.kernels.blocks import blocks_per_row, ceil_div, list_width, tile_side
 from sparsepass.kernels.launch import VARYING, Launch
 from sparsepass.kernels.pool_triton import UNROLL, allowed_launches, average_launch
@@ -287,8 +288,8 @@ def select_launches(
     or 1, H] that follow from it; ``density`` is then their cap.
     """
     host.check_shapes(q, k, None, offset, q_block, kv_block)
-    host.check_counter(counter, q)
-    q_segments, kv_segments = host.check_segments(q, k, q_segments, kv_segments)
+    check_counter(counter, q)
+    q_segments, kv_segments = check_segments(q, k, q_segments, kv_segments)
     refuse_unsupported("select_blocks_cuda", q)
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]

@@ -15,9 +15,19 @@ import torch
 from torch import Tensor
 
 from sparsepass.errors import KernelInputError
+from sparsepass.kernels.arguments import check_counter
 from sparsepass.kernels.best import Best
 from sparsepass.kernels.blocks import ALWAYS_KEPT, blocks_per_row, ceil_div, cumulative_kept_blocks
-from sparsepass.kernels.dispatch import BlockLists, Columns, Visible, check_inputs
+from sparsepass.kernels.dispatch import (
+    BlockLists,
+    Columns,
+    Visible,
+    check_inputs,
+    check_visible,
+    empty_lists,
+    is_empty,
+    with_head_size,
+)
 from sparsepass.kernels.scores import check_blocks
 from sparsepass.kernels.support import default_block
 from sparsepass.kernels.windows import WINDOW, sample_windows
@@ -186,6 +196,7 @@ class Estimate:
 def problem_of(query: Tensor, key: Tensor, visible: Visible, block: int | None) -> Problem:
     """The shapes of a selection. Raises ``KernelInputError`` for inputs that no kernel takes."""
     check_inputs(query, key, key)
+    check_visible(query, key, visible)
     size = default_block(query.device) if block is None else block
     if size not in (64, 128):
         raise KernelInputError(f"block is {size!r}; accepted are 64 and 128.")
@@ -265,6 +276,10 @@ def select_vertical_slash(
     """
     problem = problem_of(query, key, visible, block)
     check_dial(dial, query)
+    check_counter(counter, query)
+    if is_empty(query, key):
+        return empty_lists(query, problem.block)
+    query, key = with_head_size(query, key)
     run = steps_of(query.device) if steps is None else steps
     found = estimate(query, key, problem, visible, scale, queries, run)
 

@@ -30,12 +30,23 @@ HALF = {"float16": "bfloat16", "bfloat16": "float16"}
 """Both run at one rate, on the same tiles."""
 
 
+def cache_home() -> Path | None:
+    """The folder that ``SPARSEPASS_CACHE_DIR`` names, by default ``~/.cache/sparsepass``; None without a home."""
+    named = os.environ.get("SPARSEPASS_CACHE_DIR")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as the XDG specification says
+        base = os.path.expanduser("~/.cache")
+    return Path(base, "sparsepass") if os.path.isabs(base) else None
+
+
 def default_file() -> Path:
-    """``tuning.json`` in the folder of ``SPARSEPASS_CACHE_DIR``, by default ``~/.cache/sparsepass``."""
-    home = os.environ.get("SPARSEPASS_CACHE_DIR")
-    if not home:
-        home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sparsepass")
-    return Path(home) / "tuning.json"
+    """``tuning.json`` in ``cache_home()``. Raises ``OptionError`` without one."""
+    home = cache_home()
+    if home is None:
+        raise OptionError("There is no home folder; set SPARSEPASS_CACHE_DIR to a folder of your own.")
+    return home / "tuning.json"
 
 
 def tuning_file() -> Path | None:
@@ -45,8 +56,8 @@ def tuning_file() -> Path | None:
         return None
     if named:
         return Path(named)
-    file = default_file()
-    return file if file.is_file() else None
+    file = None if cache_home() is None else default_file()
+    return file if file is not None and file.is_file() else None
 
 
 def named_by_user() -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsepass.errors import KernelInputError
+from sparsepass.kernels.arguments import check_block_sizes, check_list_values, check_tensor
 from sparsepass.kernels.dispatch import (
     UNBOUNDED,
     BlockLists,
@@ -16,6 +17,7 @@ from sparsepass.kernels.dispatch import (
     Visible,
     block_sparse_attention,
     check_inputs,
+    is_empty,
     visible_blocks,
 )
 from sparsepass.kernels.dispatch_select import select_pooled_topk
@@ -48,13 +50,14 @@ def from_block_mask(block_mask: BlockMask) -> BlockLists:
 
     The kernels apply causality, windows and segments by position, not ``mask_mod``: say them to ``sparse_attention``.
     """
-    partial = _dense_rows(block_mask.kv_num_blocks, block_mask.kv_indices)
+    q_block, kv_block = (int(size) for size in block_mask.BLOCK_SIZE)
+    check_block_sizes(q_block, kv_block)
+    blocks = -(-int(block_mask.seq_lengths[1]) // kv_block)
+    partial = _dense_rows(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     if block_mask.full_kv_num_blocks is not None:
         assert block_mask.full_kv_indices is not None  # BlockMask holds both or neither
-        partial = partial | _dense_rows(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    num, indices = lists_from_mask(partial)
-    q_block, kv_block = block_mask.BLOCK_SIZE
-    return BlockLists(num, indices, int(q_block), int(kv_block))
+        partial = partial | _dense_rows(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
+    return BlockLists(*lists_from_mask(partial), q_block, kv_block)
 
 
 def to_block_mask(lists: BlockLists, q_len: int, kv_len: int, mask_mod: Any = None) -> BlockMask:
@@ -79,11 +82,18 @@ def lists_from_mask(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1).to(torch.int32), order.to(torch.int32)
 
 
-def _dense_rows(num: torch.Tensor, indices: torch.Tensor, blocks: int | None = None) -> torch.Tensor:
-    width = indices.shape[-1]
-    listed = torch.arange(width, device=num.device) < num[..., None]
-    held = torch.zeros(*num.shape, (blocks or width) + 1, dtype=torch.bool, device=num.device)
-    places = torch.where(listed, indices.to(torch.int64), held.shape[-1] - 1)
+def _dense_rows(num: torch.Tensor, indices: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Lists as a map, bool [B, H, nq, blocks]. On CUDA values are not looked at; blocks that do not exist are left out.
+
+    Raises ``KernelInputError``.
+    """
+    check_tensor("kv_num_blocks", num, ((), (), ()), torch.int32, num.device)
+    check_tensor("kv_indices", indices, (*((n,) for n in num.shape), ()), torch.int32, num.device)
+    if num.device.type == "cpu":
+        check_list_values(num, indices, blocks)
+    listed = torch.arange(indices.shape[-1], device=num.device) < num[..., None]
+    held = torch.zeros(*num.shape, blocks + 1, dtype=torch.bool, device=num.device)
+    places = torch.where(listed & (indices >= 0) & (indices < blocks), indices.to(torch.int64), blocks)
     return held.scatter_(-1, places, listed)[..., :-1]
 
 
@@ -128,9 +138,9 @@ def sparse_attention(
         raise KernelInputError("Give either blocks (lists, or a BlockMask) or density, not both and not neither.")
     check_inputs(query, key, value)
     visible = _visible(query, key, causal, window, key_padding, segments, cu_seqlens)
-    factor = default_scale(query.shape[-1]) if scale is None else scale
+    factor = default_scale(query.shape[-1] or 1) if scale is None else _number(scale, "scale")
     scores = Scores(softcap, slopes, bias, mask, sinks)
-    if scores.hides and blocks is None:
+    if scores.hides and blocks is None and not is_empty(query, key, value):
         block = default_block(query.device)
         shown = visible_blocks(query, key, scores, visible, q_block=block, kv_block=block)
         visible = replace(visible, blocks=shown)
@@ -138,11 +148,25 @@ def sparse_attention(
         share, most = _density(density, max_density, query)
         lists = select_pooled_topk(query, key, scale=factor, visible=visible, density=share, max_density=most)
     else:
-        lists = blocks if isinstance(blocks, BlockLists) else from_block_mask(blocks)
+        lists = _lists(blocks)
     out, lse = block_sparse_attention(
         query, key, value, lists, scale=factor, visible=visible, scores=scores, return_lse=return_lse
     )
     return out if lse is None else (out, lse)
+
+
+def _lists(blocks: Any) -> BlockLists:
+    if isinstance(blocks, BlockLists):
+        return blocks
+    if not hasattr(blocks, "kv_num_blocks"):
+        raise KernelInputError(f"blocks is of type {type(blocks).__name__}; accepted are BlockLists and a BlockMask.")
+    return from_block_mask(blocks)
+
+
+def _number(given: Any, name: str) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise KernelInputError(f"{name} is {given!r}; accepted is a number.")
+    return float(given)
 
 
 def _density(
@@ -172,6 +196,19 @@ def _density(
     return host.to(query.device, non_blocking=True), max(rows)
 
 
+def _check_integers(name: str, given: Any, query: torch.Tensor) -> None:
+    """Raises ``KernelInputError`` unless ``given`` holds bools or integers (of int32) on query's device."""
+    if not isinstance(given, torch.Tensor) or given.is_floating_point() or given.is_complex():
+        kind = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise KernelInputError(f"{name} is {kind}; accepted is a tensor of bools or integers.")
+    if given.device != query.device:
+        raise KernelInputError(f"{name} is on {given.device} and query on {query.device}; give both on one device.")
+    if given.device.type == "cpu" and given.dtype == torch.int64 and given.numel():
+        least, most = (int(one) for one in given.aminmax())
+        if not -(2**31) <= least <= most < 2**31:
+            raise KernelInputError(f"{name} has values from {least} to {most}; accepted is what int32 holds.")
+
+
 def _share(given: Any, name: str) -> float:
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= 1:
         raise KernelInputError(f"{name} is {given!r}; accepted is a share above 0 and at most 1.")
@@ -188,8 +225,11 @@ def _visible(
     cu_seqlens: torch.Tensor | None,
 ) -> Visible:
     q_len, kv_len = query.shape[2], key.shape[2]
-    if window is not None and window < 1:
-        raise KernelInputError(f"window is {window}; accepted is a number of keys, 1 or more.")
+    if window is not None and (type(window) is not int or window < 1):
+        raise KernelInputError(f"window is {window!r}; accepted is a whole number of keys, 1 or more.")
+    for name, given in (("segments", segments), ("cu_seqlens", cu_seqlens), ("key_padding", key_padding)):
+        if given is not None:
+            _check_integers(name, given, query)
     if segments is not None and cu_seqlens is not None:
         raise KernelInputError("Give segments or cu_seqlens, not both: they say the same thing.")
     if cu_seqlens is not None:

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 
 from sparsepass import counters
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import Scores, Visible, block_sparse_attention, kernel_name, visible_blocks
+from sparsepass.kernels.dispatch import (
+    Scores,
+    Visible,
+    block_sparse_attention,
+    is_empty,
+    kernel_name,
+    nothing_seen,
+    visible_blocks,
+)
 from sparsepass.kernels.sampled import kept_mass
 from sparsepass.methods import Dense, Full, Method, decode_budget, make_method
 from sparsepass.methods.rows import decode_rows, dial_table, is_row_text
@@ -127,6 +135,8 @@ def _attend(
     if method is None:
         out = _dense(query, key, value, q_segments, kv_segments, scale, left, right, offset)
         return out.transpose(1, 2).contiguous().transpose(1, 2), None
+    if is_empty(query, key, value):
+        return nothing_seen(query, value), None
     counter = counters.row(query.device, slot)
     visible = Visible(left, right, offset, q_segments, kv_segments)
     if scores.hides:
