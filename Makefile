@@ -1,13 +1,15 @@
 # make demo    set up .venv and run the main jobs: a trained model answers under each hint, right or wrong; then a Llama
 #              reads 16K tokens of real text, dense against sparse
 # make test    set up .venv and run ruff, mypy and pytest; DEEP=1 for many more hypothesis examples
+# make matrix  run the fast tests over the supported versions of torch and Python that can be had here, and print a
+#              table; run it again to go on (ARGS="--only 2.14" for some, --pythons PATH ... for interpreters)
 # make clean   remove .venv and the caches of the tools
 #
-# PYTHON=python3.12 picks the interpreter (3.11 or 3.12), VENV=path the environment,
+# PYTHON=python3.12 picks the interpreter (3.11 or newer), VENV=path the environment,
 # WORKERS=4 the test processes, ARGS=... goes to examples/demo.py or pytest.
 
-USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
+USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ else
 export HYPOTHESIS_PROFILE ?= ci
 endif
 
-.PHONY: demo test checks lint types warm clean
+.PHONY: demo test matrix checks lint types warm clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -32,6 +34,9 @@ demo: $(VENV)/.demo
 # Tests are dealt out a few at a time, the longest first, so that the processes end together.
 test: checks
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --maxschedchunk=4 $(ARGS)
+
+matrix:
+	$(PYTHON) .ci/matrix.py --workers $(WORKERS) $(ARGS)
 
 checks: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 lint types warm
@@ -49,7 +54,7 @@ warm: $(VENV)/.test
 	from sparsepass.kernels import cpu_build; cpu_build.library()"
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed; name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with venv is needed; name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt

@@ -281,7 +281,9 @@ def attend_launches(
         arguments |= {"TAIL": tail, "skip": math.log2(skip) if skips else None, **term_arguments(scores, scale)}
         launches.append(Launch(attend, (programs,), arguments, options))
     arguments = {**common, **pair_arguments(scores), "programs": programs, "STEP": 16, "FLAGS": 64}
-    warps = 4 if 64 < v.shape[3] <= 128 else 8  # neither count keeps every size in registers
+    # Neither count keeps every size in registers; Triton 3.8 spills fp32 of up to 64 dimensions for sm_100 with 8.
+    single = v.dtype == torch.float32 and v.shape[3] <= 64 and capability_of(v.device)[0] >= 10
+    warps = 4 if single or 64 < v.shape[3] <= 128 else 8
     launches.append(
         Launch(add_nonfinite_values, (ceil_div(programs, 64),), arguments, {"num_warps": warps, "num_stages": 1})
     )

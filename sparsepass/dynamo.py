@@ -1,6 +1,6 @@
 """Everything that touches private torch API: guards, symbolic lengths, cloning, the recompile limit, Inductor's entry.
 
-Written against torch 2.11 to 2.13; a change there breaks here and nowhere else.
+Written against torch 2.11 to 2.14; a change there breaks here and nowhere else.
 """
 
 from __future__ import annotations

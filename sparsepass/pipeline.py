@@ -26,6 +26,7 @@ from sparsepass.rowinputs import RowSource, check_rows
 from sparsepass.sites import Findings, find_nested, find_sites
 from sparsepass.types import Rows, TaskClass
 from sparsepass.verify import verify
+from sparsepass.versions import warn_of_untested
 from sparsepass.watchplan import watched_graph
 
 log = logging.getLogger("sparsepass")
@@ -46,6 +47,7 @@ def backend(
     Raises ``OptionError``, ``PolicyError`` or ``HintError`` for what is not accepted.
     """
     started = time.perf_counter()
+    warn_of_untested()
     settings, patches, use_inductor = options_module.parse(mode, options)
     dynamo.raise_recompile_limit()
     dynamo.count_compile()

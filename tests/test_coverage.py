@@ -34,7 +34,7 @@ from sparsepass.coverage.run import BEGIN, END, SAMPLE, CoverageOptions, tasks
 from sparsepass.coverage.store import Sweep, merged
 from sparsepass.coverage.tables import markdown, text
 from sparsepass.coverage.totals import reasons, totals
-from sparsepass.coverage.worker import Task, records_of, run_all
+from sparsepass.coverage.worker import Task, Worker, records_of, run_all
 from sparsepass.errors import OptionError
 
 LENGTH = 450
@@ -414,16 +414,23 @@ def test_what_does_not_build_is_a_record() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_costs_one_case() -> None:
+def test_a_process_that_dies_costs_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other cases of its task go on in a new process."""
     cases = (("sdpa", Phase.DECODE), ("sdpa", Phase.PREFILL), ("sdpa", Phase.PADDED))
-    running = run_all([Task(Kind.DECODER, "llama", cases, LENGTH)], jobs=2, limit=100)
-    found = [next(running)]
-    (process,) = multiprocessing.active_children()
-    process.kill()
-    found += running
+    begin, begun = Worker.begin, []
+
+    def and_kill(self: Worker, task: Task) -> None:
+        begin(self, task)
+        begun.append(task)
+        if len(begun) == 1:  # before it can have answered
+            (process,) = multiprocessing.active_children()
+            process.kill()
+
+    monkeypatch.setattr(Worker, "begin", and_kill)
+    found = list(run_all([Task(Kind.DECODER, "llama", cases, LENGTH)], jobs=2, limit=3600))
     assert [one["phase"] for one in found] == ["decode", "prefill", "padded"]
-    assert [one.get("error") for one in found] == [None, "the process ended with code -9", None]
+    assert [one.get("error") for one in found] == ["the process ended with code -9", None, None]
+    assert len(begun) == 2
 
 
 @pytest.mark.slow

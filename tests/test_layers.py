@@ -16,7 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "types errors",
         # Facts about the outside world, and plain tools.
-        "kernels counters dynamo environment jsonable drawgraph canon mask_ir rowinputs watch",
+        "kernels counters dynamo environment versions jsonable drawgraph canon mask_ir rowinputs watch",
         "made",
         "hints methods crossover_table match drawlayout mask_values mask_mutation models",
         "patterns ops crossover policy_rules draw mask_read mix tasks",
