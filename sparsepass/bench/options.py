@@ -188,7 +188,9 @@ class KernelOptions(Shapes):
     block: int = option(128, "Tokens per block of the lists: 64 or 128.")
     implementations: tuple[str, ...] = option((), _IMPLEMENTATIONS, "Variants")
     baselines: tuple[str, ...] = option((), _BASELINES, "Variants")
-    peer_file: Path | None = option(None, "Python file that calls sparsepass.bench.register_peer.", "Variants", use="read")
+    peer_file: Path | None = option(
+        None, "Python file that calls sparsepass.bench.register_peer.", "Variants", use="read"
+    )
     graphs: bool = option(False, "Time our kernels as CUDA graphs too.", "Variants")
 
 
@@ -212,7 +214,9 @@ class OpOptions(SelectionOptions):
 
     implementations: tuple[str, ...] = option(("auto",), "Kernels of our attention, as for bench kernel.", "Variants")
     baselines: tuple[str, ...] = option((), "Of the dense kernels, as for bench kernel; 'none' for none.", "Variants")
-    peer_file: Path | None = option(None, "Python file that calls sparsepass.bench.register_peer.", "Variants", use="read")
+    peer_file: Path | None = option(
+        None, "Python file that calls sparsepass.bench.register_peer.", "Variants", use="read"
+    )
 
 
 @dataclass(frozen=True)
