@@ -1,6 +1,7 @@
 # make demo    set up .venv and run the main jobs: a trained model answers under each hint, right or wrong; then a Llama
 #              reads 16K tokens of real text, dense against sparse
 # make test    set up .venv and run ruff, mypy and pytest; DEEP=1 for many more hypothesis examples
+# make mutations    which of a hundred one-line mutations the tests notice (hours; goes on where it was)
 # make clean   remove .venv and the caches of the tools
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or 3.12), VENV=path the environment,
@@ -21,7 +22,7 @@ else
 export HYPOTHESIS_PROFILE ?= ci
 endif
 
-.PHONY: demo test checks lint types warm clean
+.PHONY: demo test checks lint types warm mutations clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -47,6 +48,9 @@ types: $(VENV)/.test
 warm: $(VENV)/.test
 	@$(BIN)/python -c "import torch._inductor.compile_fx, triton.compiler, hypothesis, matplotlib.pyplot, transformers.models.llama.modeling_llama; \
 	from sparsepass.kernels import cpu_build; cpu_build.library()"
+
+mutations: $(VENV)/.test
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/mutations.py --jobs $(WORKERS) $(ARGS)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed; name one: make PYTHON=/path/to/python3.12"; exit 1; }
