@@ -3,6 +3,7 @@
 # make test    set up .venv and run ruff, mypy and pytest; DEEP=1 for many more hypothesis examples
 # make matrix  run the fast tests over the supported versions of torch and Python that can be had here, and print a
 #              table; run it again to go on (ARGS="--only 2.14" for some, --pythons PATH ... for interpreters)
+# make mutations    which of a hundred one-line mutations the tests notice (hours; goes on where it was)
 # make clean   remove .venv and the caches of the tools
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer), VENV=path the environment,
@@ -23,7 +24,7 @@ else
 export HYPOTHESIS_PROFILE ?= ci
 endif
 
-.PHONY: demo test matrix checks lint types warm clean
+.PHONY: demo test matrix checks lint types warm mutations clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -52,6 +53,9 @@ types: $(VENV)/.test
 warm: $(VENV)/.test
 	@$(BIN)/python -c "import torch._inductor.compile_fx, triton.compiler, hypothesis, matplotlib.pyplot, transformers.models.llama.modeling_llama; \
 	from sparsepass.kernels import cpu_build; cpu_build.library()"
+
+mutations: $(VENV)/.test
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/mutations.py --jobs $(WORKERS) $(ARGS)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with venv is needed; name one: make PYTHON=/path/to/python3.12"; exit 1; }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ from typing import Any
 
 import torch
 
-from sparsepass.errors import OptionError
+from sparsepass.errors import OptionError, quoted_path, shown
+from sparsepass.files import read_json
 from sparsepass.kernels.spec import AttendTile, attend_tile, capability_of
 
 log = logging.getLogger(__name__)
@@ -71,13 +71,14 @@ def warn_once(text: str) -> None:
     log.warning(text)
 
 
-def read_json(file: Path) -> Any:
+def tuning_json(file: Path) -> Any:
     """The content of a file in force, read again only if it changed. Raises ``OptionError``."""
     try:
         stat = file.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise OptionError(
-            f"{TUNING_ENV} names {str(file)!r}, which cannot be read ({error.strerror}); name a file that "
+            f"{TUNING_ENV} names {quoted_path(file)}, which cannot be read ({reason}); name a file that "
             "sparsepass tune wrote, 'off', or unset it."
         ) from error
     return _read(os.path.abspath(file), stat.st_mtime_ns, stat.st_size)
@@ -85,17 +86,14 @@ def read_json(file: Path) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _read(path: str, modified_ns: int, size: int) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OptionError(f"The tuning file {path!r} cannot be read as JSON: {error}.") from error
+    return read_json(path, "tuning file", OptionError)
 
 
 def devices(data: Any, where: str) -> list[Mapping[str, Any]]:
     """The entries of a tuning file, one per device. Raises ``OptionError``."""
     if data.get("version") != VERSION:
         raise OptionError(
-            f"{where}: version is {data.get('version')!r}, and this sparsepass reads {VERSION}; "
+            f"{where}: version is {shown(data.get('version'))}, and this sparsepass reads {VERSION}; "
             "run sparsepass tune again."
         )
     found = data.get("devices")
@@ -136,7 +134,7 @@ def tuned_tile(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atten
     if file is None:
         return None
     try:
-        data = read_json(file)
+        data = tuning_json(file)
         entries = devices(data, str(file)) if is_tuning(data) else []
         tiles = _tiles(entries, torch.cuda.get_device_name(device), _triton_version())
     except OptionError as error:
@@ -157,7 +155,12 @@ def _tiles(
         if entry.get("environment", {}).get("versions", {}).get("triton") != triton_version:
             continue
         for one in entry.get("tiles", []):
-            found[str(one["dtype"]), int(one["head_dim"])] = parse_tile(one["tile"])
+            try:
+                found[str(one["dtype"]), int(one["head_dim"])] = parse_tile(one["tile"])
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                if isinstance(error, OptionError):
+                    raise
+                raise OptionError(f"{shown(one)} is no entry of a tile; run sparsepass tune again.") from error
     return found
 
 
@@ -166,12 +169,14 @@ def parse_tile(data: Any) -> AttendTile:
     try:
         tile = AttendTile(**data)
     except TypeError as error:
-        raise OptionError(f"{data!r} is no tile ({error}); run sparsepass tune again.") from error
+        raise OptionError(f"{shown(data)} is no tile ({error}); run sparsepass tune again.") from error
     sizes = (tile.block_m, tile.block_n, tile.edge_n, tile.dim_step, tile.num_warps)
     powers = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in sizes)
     counts = all(isinstance(n, int) and 1 <= n <= 8 for n in (tile.num_stages, tile.edge_stages))
     if not powers or not counts or tile.precision not in ("tf32x3", "ieee"):
-        raise OptionError(f"{data!r} is no tile: sizes are powers of two, stages 1 to 8. Run sparsepass tune again.")
+        raise OptionError(
+            f"{shown(data)} is no tile: sizes are powers of two, stages 1 to 8. Run sparsepass tune again."
+        )
     return tile
 
 

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from sparsepass.bench.options import whole_number
 from sparsepass.cli_bench import add_commands
 from sparsepass.cli_policy import policy_app
-from sparsepass.errors import OptionError, SparsepassError, close_names
+from sparsepass.errors import OptionError, SparsepassError, close_names, shown
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,15 @@ _TORCH_DTYPES = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16", Dtype.FP16: "flo
 _MODEL, _INPUT, _RUN, _OUTPUT = "Model", "Input", "Budget", "Output"
 
 
+def _tokens(text: str) -> int:
+    try:
+        if (count := whole_number(text)) >= 1:
+            return count
+    except OptionError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.BadParameter(f"{count} is given; accepted is 1 or more.")
+
+
 @app.command(
     epilog="Example: sparsepass explain --arch qwen2 --layers 2 --length 16384 --task single_qa --draw graph.png"
 )
@@ -98,7 +108,9 @@ def explain(
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1; auto takes an accelerator if there is one.", rich_help_panel=_MODEL)
     ] = "auto",
-    length: Annotated[int, typer.Option(min=1, help="Prompt tokens.", rich_help_panel=_INPUT)] = 4096,
+    length: Annotated[
+        int, typer.Option(parser=_tokens, metavar="INTEGER", help="Prompt tokens, such as 4K.", rich_help_panel=_INPUT)
+    ] = 4096,
     batch: Annotated[int, typer.Option(min=1, rich_help_panel=_INPUT)] = 1,
     padding: Annotated[
         Side, typer.Option(help="Pad the rows to different real lengths.", rich_help_panel=_INPUT)
@@ -129,11 +141,14 @@ def explain(
 ) -> None:
     """List every attention site of a model's prefill: matched or not and why, plan, guards, density achieved."""
     from sparsepass.models import ModelShape, build_random_model, load_model, random_inputs
+    from sparsepass.policy import resolve_policy
 
     if draw is not None:
         from sparsepass.draw import check_path
 
         check_path(draw)  # before minutes of work, not after
+    if policy is not None:
+        resolve_policy(policy)
     place = _device(device)
     kind = _dtype(dtype, place)
     with Console(stderr=True).status("building the model"):
@@ -233,7 +248,7 @@ def _device(given: str) -> str:
     if accelerator is not None:
         known |= {f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())}
     if given not in known:
-        raise OptionError(f"--device {given!r} is not there. {close_names(given, known)}")
+        raise OptionError(f"--device {shown(given)} is not there. {close_names(given, known)}")
     return given
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import PolicyError, shown
 from sparsepass.types import Budget, LengthBucket, TaskClass
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ def export(
     if file.exists() and not force:
         raise PolicyError(f"{file} exists already; give another name, or --force to overwrite it.")
     named = _named(policy)
-    try:
-        (named if short else _as_rules(named)).save(file)
-    except OSError as error:
-        raise PolicyError(f"{file} cannot be written: {error.strerror}.") from error
+    (named if short else _as_rules(named)).save(file)
     typer.echo(f"Wrote {file}. See it with: sparsepass policy show {file}")
 
 
@@ -123,7 +120,7 @@ def _named(name: str) -> Policy:
     from sparsepass.policy import NAMED
 
     if name not in NAMED:
-        raise PolicyError(f"No built-in policy is called {name!r}; accepted are {', '.join(map(repr, NAMED))}.")
+        raise PolicyError(f"No built-in policy is called {shown(name)}; accepted are {', '.join(map(repr, NAMED))}.")
     return NAMED[name]()
 
 

@@ -35,7 +35,8 @@ from sparsepass.crossover_table import (
 )
 from sparsepass.environment import cpu_name
 from sparsepass.errors import OptionError
-from sparsepass.kernels.tuned import TUNING_ENV, named_by_user, read_json, tuning_file, warn_once
+from sparsepass.files import read_json, write_whole
+from sparsepass.kernels.tuned import TUNING_ENV, named_by_user, tuning_file, tuning_json, warn_once
 
 FORMER_ENV = "SPARSEPASS_CROSSOVER"
 """The variable's name before it covered kernel configurations too. To set it is an error: it would go unheard."""
@@ -171,7 +172,7 @@ def current_table() -> Table:
     if file is None:
         return _shipped()
     try:
-        return _with_own(_Content(read_json(file)), str(file))
+        return _with_own(_Content(tuning_json(file)), str(file))
     except OptionError as error:
         if named_by_user():
             raise
@@ -186,7 +187,7 @@ def _shipped() -> Table:
 
 
 class _Content:
-    """Content of a file, compared by identity: ``read_json`` gives the same object until the file changes."""
+    """Content of a file, compared by identity: ``tuning_json`` gives the same object until the file changes."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -204,10 +205,7 @@ def _with_own(content: _Content, where: str) -> Table:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OptionError(f"The crossover file {str(path)!r} cannot be read as JSON: {error}.") from error
+    return read_json(path, "crossover file", OptionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,7 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     table = Table(fit(records), _shipped().fallback)
-    options.output.write_text(to_text({**table.to_json(), "sources": sources}), encoding="utf-8")
+    try:
+        write_whole(options.output, to_text({**table.to_json(), "sources": sources}), OptionError)
+    except OptionError as error:
+        print(error, file=sys.stderr)
+        return 1
     for curve in table.curves:
         steps = ", ".join(f"{length}: {density:.3g}" for length, density in curve.points)
         print(f"{curve.device}, {curve.dtype}, head size {curve.head_dim}: {steps}")

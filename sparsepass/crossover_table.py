@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from sparsepass.errors import OptionError
+from sparsepass.errors import OptionError, shown
 from sparsepass.kernels.tuned import devices, is_tuning
 
 MARGIN = 1.05
@@ -151,7 +151,9 @@ def _parse(data: Any, where: str) -> Table:
         if "records" in data:
             return Table(fit(parse_records(data, where)), {})
         if data["version"] != VERSION:
-            raise ValueError(f"version is {data['version']!r}, and this sparsepass reads {VERSION}; rebuild the file")
+            raise ValueError(
+                f"version is {shown(data['version'])}, and this sparsepass reads {VERSION}; rebuild the file"
+            )
         curves = tuple(
             Curve(
                 str(one["device"]),
@@ -168,7 +170,7 @@ def _parse(data: Any, where: str) -> Table:
         raise OptionError(
             f"{where}: the field {error} is missing; build the file with sparsepass.crossover."
         ) from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise OptionError(f"{where}: not a crossover file: {error}.") from error
 
 
@@ -188,7 +190,7 @@ def parse_records(data: Mapping[str, Any], where: str) -> list[Record]:
         return [_record(one, date) for one in named]
     except KeyError as error:
         raise OptionError(f"{where}: a record lacks the field {error}.") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise OptionError(f"{where}: {error}.") from error
 
 
@@ -207,7 +209,9 @@ def _record(data: Mapping[str, Any], measured: str = "") -> Record:
     )
     times_fine = all(0 < time < math.inf for time in (record.sparse_ms, record.dense_ms))
     if not times_fine or not 0 < record.density <= 1 or record.length < 1 or record.head_dim < 1:
-        raise ValueError(f"a record is out of range (times over 0 ms, density in (0, 1], sizes from 1): {dict(data)}")
+        raise ValueError(
+            f"a record is out of range (times over 0 ms, density in (0, 1], sizes from 1): {shown(dict(data))}"
+        )
     return record
 
 
@@ -215,7 +219,9 @@ def _points(data: Any) -> Points:
     points = tuple((int(length), float(density)) for length, density in data)
     rising = all(first[0] < second[0] for first, second in itertools.pairwise(points))
     if not points or not rising or points[0][0] < 1 or not all(0 <= density <= 1 for _, density in points):
-        raise ValueError(f"points are {data!r}; accepted are [length, density] pairs, lengths rising, densities 0 to 1")
+        raise ValueError(
+            f"points are {shown(data)}; accepted are [length, density] pairs, lengths rising, densities 0 to 1"
+        )
     return points
 
 

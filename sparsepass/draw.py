@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsepass.drawgraph import NODE_KINDS, DrawNode, condense
 from sparsepass.drawlayout import KIND_WORDS, Box, Line, Scene, Wire, layout, line_height
 from sparsepass.errors import SparsepassError, close_names
+from sparsepass.files import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +112,7 @@ def draw_panels(panels: Sequence[Panel], path: str | Path, *, footer: str = "") 
         y += 18
     if footer:
         _text(axes, _MARGIN, y, Line(footer, 9, faint=True), align="left")
-    figure.savefig(path)
+    write_figure(path, figure, 144, DrawError)
     return path
 
 

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from sparsepass.errors import HintError, close_names
+from sparsepass.errors import HintError, close_names, shown
 from sparsepass.types import Rows, TaskClass
 
 NODE_KEY = "sparsepass_task"
@@ -45,9 +45,9 @@ class TaskHint:
     def __post_init__(self) -> None:
         for name, level in (("scope", self.scope), ("dispersion", self.dispersion)):
             if level not in ("low", "high"):
-                raise HintError(f"TaskHint {name} is {level!r}; accepted are 'low' and 'high'.")
+                raise HintError(f"TaskHint {name} is {shown(level)}; accepted are 'low' and 'high'.")
         if not isinstance(self.queries, int) or isinstance(self.queries, bool) or self.queries < 1:
-            raise HintError(f"TaskHint queries is {self.queries!r}; accepted is an integer of 1 or more.")
+            raise HintError(f"TaskHint queries is {shown(self.queries)}; accepted is an integer of 1 or more.")
 
     @property
     def task_class(self) -> TaskClass:
@@ -85,10 +85,10 @@ def resolve_hint(hint: Hint) -> TaskClass:
                 "It decides row by row."
             )
         if found is None:
-            raise HintError(f"Unknown task hint {str(hint)!r}. {close_names(str(hint), _BY_NAME)}")
+            raise HintError(f"Unknown task hint {shown(str(hint))}. {close_names(str(hint), _BY_NAME)}")
         return found
     raise HintError(
-        f"A task hint is a {type(hint).__name__}: {hint!r}; accepted are a name, a TaskHint, a TaskClass or None. "
+        f"A task hint is a {type(hint).__name__}: {shown(hint)}; accepted are a name, a TaskHint, a TaskClass or None. "
         f"{close_names(str(hint), _BY_NAME)}"
     )
 
@@ -280,7 +280,7 @@ def task(hint: Hints, *, at_most: Hints = None) -> TaskScope:
 
     auto = isinstance(hint, str) and str(hint) == AUTO
     if at_most is not None and not auto:
-        raise HintError(f"at_most={at_most!r} is given beside the hint {hint!r}; it bounds 'auto' alone.")
+        raise HintError(f"at_most={shown(at_most)} is given beside the hint {shown(hint)}; it bounds 'auto' alone.")
     if torch.compiler.is_compiling():
         if auto:
             raise HintError("The hint 'auto' is given inside a compiled region; enter it around the call of the model.")

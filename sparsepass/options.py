@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsepass import dynamo
 from sparsepass.entries import Settings
-from sparsepass.errors import OptionError, close_names
+from sparsepass.errors import OptionError, close_names, shown
 from sparsepass.hints import resolve_hints
 from sparsepass.policy import resolve_policy
 
@@ -42,7 +42,7 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Settings
     rest = {name: given for name, given in (options or {}).items() if not name.startswith(PREFIX)}
     for name in own:
         if name not in KNOWN:
-            raise OptionError(f"Unknown option {name!r}. {close_names(name, KNOWN)}")
+            raise OptionError(f"Unknown option {shown(name)}. {close_names(name, KNOWN)}")
     try:
         patches = dynamo.inductor_options(mode, rest)
     except KeyError as error:
@@ -58,14 +58,16 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Settings
 
 def _flag(name: str, given: Any) -> bool:
     if not isinstance(given, bool):
-        raise OptionError(f"Option {name!r} is {given!r}; accepted are True and False.")
+        raise OptionError(f"Option {name!r} is {shown(given)}; accepted are True and False.")
     return given
 
 
 def _not_inductors(name: str, mode: str | None) -> OptionError:
     if name == mode:
         modes = ["default", *dynamo.known_inductor_modes()]
-        return OptionError(f"Unknown mode {name!r}. {close_names(name, modes)}")
+        return OptionError(f"Unknown mode {shown(name)}. {close_names(name, modes)}")
     near = close_names(name, [*KNOWN, *dynamo.known_inductor_options()]).split(" Known:")[0]
     own = "; ".join(f"{key}: {text}" for key, text in KNOWN.items())
-    return OptionError(f"Unknown option {name!r}: neither Inductor's nor one of sparsepass's. {near}\nOurs are: {own}")
+    return OptionError(
+        f"Unknown option {shown(name)}: neither Inductor's nor one of sparsepass's. {near}\nOurs are: {own}"
+    )

@@ -13,15 +13,17 @@ import hashlib
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import PolicyError, quoted_path, shown
+from sparsepass.files import json_text, write_whole
 from sparsepass.methods import make_method, merge_heads
-from sparsepass.policy_rules import Ranges, Rule, rule_to_json
+from sparsepass.policy_rules import Rule, rule_to_json
 from sparsepass.types import DENSE, Budget, LengthBucket, TaskClass
 
 VERSION = 1
@@ -76,9 +78,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.default not in ("dense", "prior"):
-            raise PolicyError(f"A policy's default is {self.default!r}; accepted are 'dense' and 'prior'.")
-        if not self.name:
-            raise PolicyError("A policy's name is empty; accepted is any text, for reports.")
+            raise PolicyError(f"A policy's default is {shown(self.default)}; accepted are 'dense' and 'prior'.")
+        if not isinstance(self.name, str) or not self.name:
+            raise PolicyError(f"A policy's name is {shown(self.name)}; accepted is any text, for reports.")
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def __hash__(self) -> int:
@@ -176,19 +178,22 @@ class Policy:
         return policy_file.load(Path(path))
 
     def save(self, path: str | os.PathLike[str], *, seal: bool = False) -> None:
-        """Write the policy's file. ``seal`` adds the fingerprint, so that loading it after an edit fails."""
+        """Write the policy's file, whole or not at all. Raises ``PolicyError``.
+
+        ``seal`` adds the fingerprint, so that loading it after an edit fails.
+        """
         content = {**self.to_json(), **({"fingerprint": self.fingerprint} if seal else {})}
-        Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json_text(content, PolicyError, indent=2, ascii_only=False)
+        write_whole(path, text + "\n", PolicyError)
 
     def _budget(
         self, task: TaskClass, bucket: LengthBucket, layer: int | None, head: int | None, heads: int | None
     ) -> Budget:
         rules = _covering(self, task, bucket)
-        found = {
-            _last(rules, at_layer, at_head) or self._default(task, bucket)
-            for at_layer in _places(layer, (rule.layers for rule in rules))
-            for at_head in _places(head, (rule.heads for rule in rules))
-        }
+        layers = _memberships(self, task, bucket, "layers") if layer is None else (_holding(rules, "layers", layer),)
+        at_heads = _memberships(self, task, bucket, "heads") if head is None else (_holding(rules, "heads", head),)
+        winners = {(at_layer & at_head).bit_length() for at_layer in layers for at_head in at_heads}
+        found = {rules[place - 1].budget if place else self._default(task, bucket) for place in winners}
         for budget in found:
             densities = budget.params.get("head_densities")
             if heads is not None and densities is not None and len(densities) != heads:
@@ -229,15 +234,27 @@ def _site_budget(policy: Policy, task: TaskClass, bucket: LengthBucket, layer: i
     return merge_heads(policy.budgets_for_heads(task, bucket, layer, heads))
 
 
-def _last(rules: Sequence[Rule], layer: int, head: int) -> Budget | None:
-    return next((rule.budget for rule in reversed(rules) if rule.holds_at(layer, head)), None)
+def _holding(rules: Sequence[Rule], what: Literal["layers", "heads"], number: int) -> int:
+    """The rules that hold at a layer or head, as bits: the last rule's is the highest."""
+    ranges = (getattr(rule, what) for rule in rules)
+    return sum(1 << place for place, one in enumerate(ranges) if one is None or number in one)
 
 
-def _places(given: int | None, ranges: Iterable[Ranges | None]) -> list[int]:
-    """One number from each stretch that the rules treat alike: enough to see everything an unknown number may get."""
-    if given is not None:
-        return [given]
-    return sorted({0}.union(*(set(one.edges()) for one in ranges if one is not None)))
+@functools.lru_cache(maxsize=512)
+def _memberships(
+    policy: Policy, task: TaskClass, bucket: LengthBucket, what: Literal["layers", "heads"]
+) -> tuple[int, ...]:
+    """What ``_holding`` of a bucket's rules may be at an unknown layer or head: one pass over their edges."""
+    changes: dict[int, int] = defaultdict(int)
+    for place, rule in enumerate(_covering(policy, task, bucket)):
+        ranges = getattr(rule, what)
+        for edge in (0,) if ranges is None else ranges.edges():
+            changes[edge] ^= 1 << place
+    held, found = 0, dict.fromkeys(() if 0 in changes else (0,))
+    for edge in sorted(changes):
+        held ^= changes[edge]
+        found[held] = None
+    return tuple(found)
 
 
 def _most_cautious(budgets: Iterable[Budget]) -> Budget:
@@ -292,15 +309,16 @@ def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Poli
     if given is None:
         given = os.environ.get(POLICY_ENV) or "prior"
     if not isinstance(given, str | os.PathLike):
-        raise PolicyError(f"A policy is {given!r}; accepted are a Policy, the path of a file, {_names()} or None.")
+        raise PolicyError(f"A policy is {shown(given)}; accepted are a Policy, the path of a file, {_names()} or None.")
     path = os.fspath(given)
     if path in NAMED:
         return NAMED[path]()
     try:
         stat = os.stat(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise PolicyError(
-            f"The policy file {path!r} cannot be read ({error.strerror}); give the path of one, or {_names()}."
+            f"The policy file {quoted_path(path)} cannot be read ({reason}); give the path of one, or {_names()}."
         ) from error
     return _load_stamped(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
 

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sparsepass.errors import PolicyError, close_names
+from sparsepass.errors import SHOWN, PolicyError, close_names, shown, shown_path
+from sparsepass.files import read_json
 from sparsepass.methods import budget_from_json
 from sparsepass.policy import VERSION, Policy
 from sparsepass.policy_rules import Ranges, Rule
 from sparsepass.types import TaskClass
 
+LARGEST = 1 << 24
+"""Bytes of a policy file: enough for tens of thousands of rules."""
+
 
 def load(path: Path) -> Policy:
     """The policy in a file. Raises ``PolicyError``."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"The policy file {str(path)!r} cannot be read: {error}.") from error
-    try:
-        data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise PolicyError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from error
-    except (ValueError, RecursionError) as error:
-        raise PolicyError(f"{path}: {error}") from error
-    return from_json(data, str(path))
+    return from_json(read_json(path, "policy file", PolicyError, most=LARGEST), shown_path(path))
 
 
 def from_json(data: Any, where: str) -> Policy:
@@ -37,8 +32,8 @@ def from_json(data: Any, where: str) -> Policy:
     if isinstance(version, int) and version > VERSION:
         # Before the schema: a later format would fail it in ways that hide the reason.
         raise PolicyError(
-            f"{where}: at /version: the file has format version {version}, and this sparsepass reads up to {VERSION}; "
-            "upgrade sparsepass."
+            f"{where}: at /version: the file has format version {shown(version)}, and this sparsepass reads up to "
+            f"{VERSION}; upgrade sparsepass."
         )
     _validate(data, where)
     policy = Policy(
@@ -83,18 +78,23 @@ def _explain(error: Any) -> str:
         case "additionalProperties":
             known = error.schema["properties"]
             unknown = sorted(set(given) - set(known))[0]
-            return f"unknown field {unknown!r}. {close_names(unknown, known)}"
+            return f"unknown field {shown(unknown)}. {close_names(unknown, known)}"
         case "required":
             missing = [name for name in accepted if name not in given]
-            return f"{', '.join(map(repr, missing))} is missing; given: {', '.join(map(repr, given)) or 'nothing'}."
+            return f"{', '.join(map(repr, missing))} is missing; given: {_listed(given)}."
         case "enum":
-            return f"{given!r} is not accepted. {close_names(str(given), accepted)}{hint}"
+            return f"{shown(given)} is not accepted. {close_names(str(given), accepted)}{hint}"
         case "type":
-            return f"{given!r} is of type {_type_name(given)}; accepted: {accepted}.{hint}"
+            return f"{shown(given)} is of type {_type_name(given)}; accepted: {accepted}.{hint}"
         case "pattern":
-            return f"{given!r} is not accepted.{hint or f' It follows the pattern {accepted}.'}"
+            return f"{shown(given)} is not accepted.{hint or f' It follows the pattern {accepted}.'}"
         case _:
-            return f"{error.message}; {error.validator} is {accepted!r}.{hint}"
+            return f"{shown(given)} is not accepted: {error.validator} is {shown(accepted)}.{hint}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    some = [shown(name) for name in itertools.islice(names, 9)]
+    return ", ".join(some[:8] + ["..."] * (len(some) > 8)) or "nothing"
 
 
 def _type_name(value: Any) -> str:
@@ -104,7 +104,8 @@ def _type_name(value: Any) -> str:
 
 def _pointer(parts: Iterable[str | int]) -> str:
     """JSON pointer (RFC 6901); ``/`` is written for the whole document, whose own pointer is the empty text."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts) or "/"
+    pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts) or "/"
+    return pointer if len(pointer) <= 2 * SHOWN and pointer.isprintable() else shown(pointer, 2 * SHOWN)
 
 
 def _rule(data: dict[str, Any], where: str, pointer: str) -> Rule:
@@ -128,16 +129,3 @@ def _rule(data: dict[str, Any], where: str, pointer: str) -> Rule:
         )
     except PolicyError as error:
         raise PolicyError(f"{where}: at {pointer}{part}: {error}") from error
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"the field {key!r} is given twice in one object; keep one.")
-        seen[key] = value
-    return seen
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number; accepted are finite numbers.")

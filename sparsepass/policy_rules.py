@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import PolicyError, shown
+from sparsepass.files import DIGITS
 from sparsepass.methods import budget_to_json, make_method
 from sparsepass.types import Budget, TaskClass
 
@@ -41,12 +43,16 @@ class Ranges:
         for part in str(text).split(","):
             first, dash, last = (piece.strip() for piece in part.partition("-"))
             if not _is_number(first) or not (last == "" or _is_number(last)):
-                raise PolicyError(f"{text!r} is no set of layers or heads; accepted is for instance '0-3,7,20-'.")
+                raise PolicyError(
+                    f"{shown(part)} is no layer or head, nor a range; accepted is for instance '0-3,7,20-'."
+                )
             spans.append((int(first), int(last) if last else None if dash else int(first)))
         return cls(tuple(spans))
 
     def __contains__(self, number: int) -> bool:
-        return any(first <= number and (last is None or number <= last) for first, last in self.spans)
+        place = bisect.bisect_right(self.spans, number, key=lambda span: span[0]) - 1
+        last = self.spans[place][1] if place >= 0 else -1
+        return last is None or number <= last
 
     def __str__(self) -> str:
         return ",".join(
@@ -62,7 +68,7 @@ class Ranges:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +91,26 @@ class Rule:
     def __post_init__(self) -> None:
         if self.task is TaskClass.DENSE:
             raise PolicyError("A rule is for the task 'dense'; that hint is always dense and takes no rule.")
+        lengths = (self.above, self.above if self.up_to is None else self.up_to)
+        if any(isinstance(one, bool) or not isinstance(one, int) for one in lengths):
+            raise PolicyError(f"A rule's lengths are {shown(lengths)}; accepted are whole numbers of tokens.")
         if self.above < 0 or (self.up_to is not None and self.up_to <= self.above):
             raise PolicyError(
-                f"A rule's lengths run above {self.above} up to {self.up_to}; accepted is 0 <= above < up_to."
+                f"A rule's lengths run above {shown(self.above)} up to {shown(self.up_to)}; "
+                "accepted is 0 <= above < up_to."
             )
         method = make_method(self.budget)
         if self.heads is not None and getattr(method, "head_densities", None) is not None:
             raise PolicyError("A rule for some heads has a budget with head_densities; accepted is one of the two.")
         if self.floor is not None:
             if isinstance(self.floor, bool) or not isinstance(self.floor, int | float) or not 0 <= self.floor <= 1:
-                raise PolicyError(f"A rule's floor is {self.floor!r}; accepted is a share of the mass, 0 to 1.")
+                raise PolicyError(f"A rule's floor is {shown(self.floor)}; accepted is a share of the mass, 0 to 1.")
             if self.heads is not None:
                 raise PolicyError(
                     "A rule for some heads has a floor, which is a layer's; put it in a rule without heads."
                 )
             object.__setattr__(self, "floor", float(self.floor))
         object.__setattr__(self, "budget", method.budget())
-
-    def holds_at(self, layer: int, head: int) -> bool:
-        """Whether this rule is for that layer and that head."""
-        return (self.layers is None or layer in self.layers) and (self.heads is None or head in self.heads)
 
 
 def rule_to_json(rule: Rule) -> dict[str, Any]:

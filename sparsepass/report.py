@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsepass.drawgraph import DrawNode
-from sparsepass.errors import SparsepassError
+from sparsepass.errors import SparsepassError, shown
+from sparsepass.files import parse_json
 from sparsepass.jsonable import DecodeError, decode, encode
 from sparsepass.methods.rows import decode_rows
 from sparsepass.types import BY_ROW, EXACT, Phase, PlanEntry, Skip
@@ -223,15 +224,12 @@ class Report:
         Raises:
             ReportError: the text is no JSON, no report, of another version, or has fields of another type.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ReportError(f"Not a report: not JSON ({error}). Give what Report.to_json() wrote.") from error
+        data = parse_json(text, "The report", ReportError, finite=False)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ReportError(f'Not a report: the JSON has no "format": "{FORMAT}". Give what Report.to_json() wrote.')
         if data.get("version") != FORMAT_VERSION:
             raise ReportError(
-                f"Report format version {data.get('version')!r}; this sparsepass reads version {FORMAT_VERSION}. "
+                f"Report format version {shown(data.get('version'))}; this sparsepass reads version {FORMAT_VERSION}. "
                 "Write the report again with this version."
             )
         body = {key: item for key, item in data.items() if key not in ("format", "version", "summary")}

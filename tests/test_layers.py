@@ -15,6 +15,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(f"sparsepass.{name}" for name in names.split())
     for names in (
         "types errors",
+        "files",
         # Facts about the outside world, and plain tools.
         "kernels counters dynamo environment versions jsonable drawgraph canon mask_ir rowinputs watch",
         "made",

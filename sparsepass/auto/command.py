@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsepass.bench.arguments import Command
-from sparsepass.bench.options import option
-from sparsepass.errors import OptionError, close_names
+from sparsepass.bench.options import check_paths, option
+from sparsepass.errors import OptionError, close_names, shown
+from sparsepass.files import json_text, write_json
 
 _ASKED, _SAFE, _RUN, _OUTPUT = "Model and requests", "What is safe", "Run", "Output"
 
@@ -26,7 +26,7 @@ STRESS = ("pooled_topk(density=0.35, block=64)",)
 class CollectOptions:
     """``sparsepass auto collect``."""
 
-    records: Path | None = option(None, "JSON file of the records, to be written.", _OUTPUT)
+    records: Path | None = option(None, "JSON file of the records, to be written.", _OUTPUT, use="write")
     testbed: str = option("small", "Size of the testbed.", _ASKED)
     tasks: tuple[str, ...] = option((), "Tasks on token ids by name; default: one of each class.", _ASKED)
     lengths: tuple[int, ...] = option((1024, 2048, 4096, 8192), "Tokens of context, question and answer.", _ASKED)
@@ -35,7 +35,10 @@ class CollectOptions:
     cheap: str = option(CHEAP, "Budget that is tried first, in full.", _SAFE)
     stress: tuple[str, ...] = option(STRESS, "Budgets that fail, to learn from, in full.", _SAFE)
     policy: Path | None = option(
-        None, "Policy file: what runs again gets what it gives requests without a hint; default: dense.", _SAFE
+        None,
+        "Policy file: what runs again gets what it gives requests without a hint; default: dense.",
+        _SAFE,
+        use="read",
     )
     rows: int = option(20, "Rows that a recheck runs again; 0: no recheck.", _SAFE)
     device: str = option("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one.", _RUN)
@@ -49,29 +52,29 @@ class CollectOptions:
 class FitOptions:
     """``sparsepass auto fit``."""
 
-    records: Path | None = option(None, "What `sparsepass auto collect` wrote.", _ASKED)
+    records: Path | None = option(None, "What `sparsepass auto collect` wrote.", _ASKED, use="read")
     cheap: str = option("", "Budget that is tried first; default: the records' first.", _SAFE)
     reads: str = option("router", "Signals that the router reads, by the name of a row of compare.", _SAFE)
     loss: float = option(0.01, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the bounds.", _SAFE)
     spare: float = option(0.015, "Share of a cell's requests that may run again for nothing.", _SAFE)
     name: str = option("fitted", "Of the router.", _OUTPUT)
-    out: Path | None = option(None, "Router file.", _OUTPUT)
+    out: Path | None = option(None, "Router file.", _OUTPUT, use="write")
 
 
 @dataclass(frozen=True)
 class CompareOptions:
     """``sparsepass auto compare``."""
 
-    records: Path | None = option(None, "What `sparsepass auto collect` wrote.", _ASKED)
+    records: Path | None = option(None, "What `sparsepass auto collect` wrote.", _ASKED, use="read")
     cheap: str = option("", "Budget that is tried first; default: the records' first.", _SAFE)
     loss: float = option(0.01, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the bounds.", _SAFE)
     spare: float = option(0.015, "Share of a cell's requests that may run again for nothing.", _SAFE)
     resamples: int = option(200, "Of the requests, for the intervals.", _RUN)
-    out: Path | None = option(None, "JSON file.", _OUTPUT)
-    plot: Path | None = option(None, "Picture (PNG).", _OUTPUT)
-    markdown: Path | None = option(None, "Document whose table is replaced by this one.", _OUTPUT)
+    out: Path | None = option(None, "JSON file.", _OUTPUT, use="write")
+    plot: Path | None = option(None, "Picture (PNG).", _OUTPUT, use="picture")
+    markdown: Path | None = option(None, "Document whose table is replaced by this one.", _OUTPUT, use="write")
     as_json: bool = option(False, "JSON on stdout, no tables.", _OUTPUT)
 
 
@@ -91,10 +94,11 @@ def collect(options: CollectOptions) -> int:
 
     if options.records is None:
         raise OptionError("--records FILE is missing: where to write what is collected.")
+    check_paths(options)
     known = {task.name: task for task in TOKEN_TASKS}
     for name in options.tasks:
         if name not in known:
-            raise OptionError(f"--tasks {name!r} is not known. {close_names(name, known)}")
+            raise OptionError(f"--tasks {shown(name)} is not known. {close_names(name, known)}")
     device = device_of(Machine(device=options.device, threads=options.threads))
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     model = load(options.testbed, dtype=dtype, device=str(device))
@@ -142,7 +146,6 @@ def fit(options: FitOptions) -> int:
     title = f"Router {router.name}, {router.fingerprint}: every second request, not fitted on"
     (console if console.is_terminal else Console(width=120)).print(by_task(verdict, title, 1 - goal.confidence))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         router.save(options.out)
         print(f"Router: {options.out}")
     return 0
@@ -158,18 +161,17 @@ def compare(options: CompareOptions) -> int:
     records, cheap, goal = _given(options)
     found = run(records, cheap, goal, resamples=options.resamples)
     content = as_json(found)
+    if options.as_json:
+        print(json_text(content, OptionError, indent=1), flush=True)
+    else:
+        console = Console()
+        (console if console.is_terminal else Console(width=140)).print(tables(found))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, content, OptionError)
     if options.plot is not None:
         draw(found, options.plot)
     if options.markdown is not None:
         write_markdown(found, int(records.about.get("requests", 0)), options.markdown)
-    if options.as_json:
-        print(json.dumps(content, indent=1))
-    else:
-        console = Console()
-        (console if console.is_terminal else Console(width=140)).print(tables(found))
     return 0
 
 
@@ -179,6 +181,7 @@ def _given(options: FitOptions | CompareOptions) -> tuple[Any, str, Any]:
 
     if options.records is None:
         raise OptionError("--records FILE is missing: what `sparsepass auto collect` wrote.")
+    check_paths(options)
     records = Records.load(options.records)
     first = next(iter(records.tried()), "")
     return records, options.cheap or first, Goal(options.loss, options.confidence, options.spare)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from sparsepass.auto.attention import Attention
 from sparsepass.auto.error import AutoError
+from sparsepass.errors import shown
 from sparsepass.models import branch
 
 SPREAD_BLOCK = 64
@@ -42,7 +43,7 @@ class Probe:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 0:
-            raise AutoError(f"A probe's rows are {self.rows!r}; accepted is a whole number of 0 or more.")
+            raise AutoError(f"A probe's rows are {shown(self.rows)}; accepted is a whole number of 0 or more.")
 
     @property
     def rounds(self) -> tuple[int, ...]:

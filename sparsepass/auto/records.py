@@ -5,13 +5,14 @@ JSON, one table per place (task, template, length, budget), a column per signal:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsepass.auto.error import AutoError
+from sparsepass.errors import shown, shown_path
+from sparsepass.files import check_output, read_json, write_json
 
 VERSION = 1
 
@@ -51,17 +52,21 @@ class Records:
     about: Mapping[str, Any]
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes the file whole or not at all. Raises ``AutoError``."""
         rows = [{**asdict(place), "right": [int(one) for one in place.right]} for place in self.places]
-        path.write_text(
-            json.dumps({"version": VERSION, "about": dict(self.about), "places": rows}) + "\n", encoding="utf-8"
-        )
+        check_output(path, AutoError)
+        write_json(path, {"version": VERSION, "about": dict(self.about), "places": rows}, AutoError, indent=None)
 
     @staticmethod
     def load(path: Path) -> Records:
         """Raises ``AutoError`` for a file that is not there or is something else."""
+        data = read_json(path, "file of records", AutoError, finite=False)
+        where = f"{shown_path(path)} holds no records of `sparsepass auto collect`"
+        if not isinstance(data, dict):
+            raise AutoError(f"{where}: it is a {type(data).__name__}.")
+        if data.get("version") != VERSION:
+            raise AutoError(f"{where}, version {VERSION}: its version is {shown(data.get('version'))}.")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
             places = [
                 Place(
                     **{
@@ -72,11 +77,11 @@ class Records:
                 )
                 for row in data["places"]
             ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AutoError(f"{path} holds no records of `sparsepass auto collect`: {error}.") from error
-        if data.get("version") != VERSION:
-            raise AutoError(f"{path} has format version {data.get('version')!r}; this sparsepass reads {VERSION}.")
-        return Records(tuple(places), data["about"])
+            return Records(tuple(places), dict(data["about"]))
+        except KeyError as error:
+            raise AutoError(f"{where}: the field {error} is missing.") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise AutoError(f"{where}: {error}.") from error
 
     def of(self, **wanted: Any) -> Iterator[Place]:
         """Places whose fields have these values; a tuple, list or set accepts any of its members."""

@@ -14,6 +14,8 @@ import torch
 
 from sparsepass.auto.error import AutoError
 from sparsepass.auto.probe import SIGNALS, Probe
+from sparsepass.errors import shown, shown_path
+from sparsepass.files import read_json, write_json
 from sparsepass.types import TaskClass
 
 VERSION = 1
@@ -107,48 +109,61 @@ class Router:
         return {"version": VERSION, **data, "budgets": list(self.budgets)}
 
     def save(self, path: str | Path) -> None:
-        """Write the router's file, sealed with its fingerprint."""
+        """Write the router's file, whole or not at all, sealed with its fingerprint. Raises ``AutoError``."""
         content = {**self.to_json(), "fingerprint": self.fingerprint}
-        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(path, content, AutoError, indent=2)
 
     @staticmethod
     def from_json(data: Any, where: str = "router") -> Router:
         """The router that ``data`` describes; ``where`` begins each error's text. Raises ``AutoError``."""
         if not isinstance(data, dict) or data.get("version") != VERSION:
             given = data.get("version") if isinstance(data, dict) else type(data).__name__
-            raise AutoError(f"{where}: the format version is {given!r}; this sparsepass reads {VERSION}.")
+            raise AutoError(f"{where}: the format version is {shown(given)}; this sparsepass reads {VERSION}.")
         known = set(Router.__dataclass_fields__) | {"version", "fingerprint"}
-        if unknown := sorted(set(data) - known):
-            raise AutoError(f"{where}: unknown field {unknown[0]!r}; accepted are {', '.join(sorted(known))}.")
+        if unknown := sorted(map(str, set(data) - known)):
+            raise AutoError(f"{where}: unknown field {shown(unknown[0])}; accepted are {', '.join(sorted(known))}.")
         fields = {name: value for name, value in data.items() if name not in ("version", "fingerprint")}
         try:
             fields["terms"] = {
-                name: Term(**{part: float(number) for part, number in term.items()})
+                name: Term(**{part: float(_number(part, value)) for part, value in term.items()})
                 for name, term in fields["terms"].items()
             }
+            for name in ("bias", "threshold", "above", "up_to"):
+                whole = name in ("above", "up_to")
+                fields[name] = _number(name, fields[name], int if whole else (int, float))
+            for name, kind in (("name", str), ("calibrated", dict), ("shown", dict), ("budgets", list)):
+                if name in fields and not isinstance(fields[name], kind):
+                    raise TypeError(f"{name} is {shown(fields[name])}")
             fields["probe"] = Probe(**fields["probe"])
             for name in ("first", "then"):
                 if name in fields:
                     fields[name] = TaskClass(fields[name])
             fields["budgets"] = tuple(fields.get("budgets", ()))
             router = Router(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except AutoError as error:
             raise AutoError(f"{where}: {error}") from error
+        except KeyError as error:
+            raise AutoError(f"{where}: the field {error} is missing; fit the router again.") from error
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise AutoError(f"{where} holds no router: {error}. Fit it again.") from error
         if data.get("fingerprint", router.fingerprint) != router.fingerprint:
             raise AutoError(
-                f"{where}: the fingerprint is {data['fingerprint']}, and the content's is {router.fingerprint}: the "
-                "file was edited since it was written. Undo the edit, or remove the field to accept it."
+                f"{where}: the fingerprint is {shown(data['fingerprint'])}, and the content's is {router.fingerprint}: "
+                "the file was edited since it was written. Undo the edit, or remove the field to accept it."
             )
         return router
 
     @staticmethod
     def load(path: str | Path) -> Router:
         """Read a router's file. Raises ``AutoError`` naming it."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise AutoError(f"The router file {str(path)!r} cannot be read: {error}.") from error
-        return Router.from_json(data, str(path))
+        # A threshold may be infinite: that router trusts every prefill, or none.
+        return Router.from_json(read_json(path, "router file", AutoError, finite=False), shown_path(path))
+
+
+def _number(name: str, value: Any, kinds: Any = (int, float)) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name} is {shown(value)}")
+    return value
 
 
 RECHECKED = frozenset({"shift"})

@@ -9,8 +9,10 @@ from rich.console import Group
 from rich.table import Table
 
 from sparsepass.auto.compare import HELD_OUT, Comparison, Found
+from sparsepass.auto.error import AutoError
 from sparsepass.auto.judge import Verdict
 from sparsepass.calibrate.bounds import upper_bound
+from sparsepass.files import check_output, read_text, write_figure, write_whole
 
 COLORS = {"requests": "#1f77b4", "template": "#2ca02c", "task": "#d62728"}
 
@@ -115,10 +117,10 @@ def markdown(found: Comparison, requests: int) -> str:
 
 def write_markdown(found: Comparison, requests: int, path: Path) -> None:
     """Put the table where the document has the last one, or at its end."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = read_text(path, "document", AutoError) if path.exists() else ""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    path.write_text(before + markdown(found, requests) + (after or "\n"), encoding="utf-8")
+    write_whole(path, before + markdown(found, requests) + (after or "\n"), AutoError)
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -185,6 +187,6 @@ def draw(found: Comparison, path: Path) -> Path:
     right.axvline(0.8, color="#7f7f7f", linewidth=1, linestyle=":")
     right.axvline(0.0, color="#7f7f7f", linewidth=1)
     right.set_xlabel(f"share of the policy's saving (hollow: a task loses over {found.goal.loss:.0%})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    check_output(path, AutoError)
+    write_figure(path, figure, 120, AutoError)
     return path

@@ -12,7 +12,7 @@ import torch
 
 from sparsepass.bench import kernel, machine, model, op
 from sparsepass.bench.arguments import Command
-from sparsepass.bench.options import KernelOptions, ModelOptions, OpOptions, SelectionOptions, Shapes
+from sparsepass.bench.options import KernelOptions, ModelOptions, OpOptions, SelectionOptions, Shapes, check_paths
 from sparsepass.bench.progress import Reporter, reporter
 from sparsepass.bench.result import Result
 from sparsepass.bench.tables import show
@@ -29,6 +29,7 @@ class _Run:
     measure: Measure
 
     def __call__(self, options: Any) -> int:
+        check_paths(options)
         device = device_of(options)
         problems = (
             len(shapes_of(options, device)) if isinstance(options, Shapes) else len(model.lengths_of(options, device))
@@ -38,12 +39,13 @@ class _Run:
         with reporter(problems, quiet=options.as_json) as bars, torch.no_grad():
             self.measure(options, device, result, bars)
         result.environment["power_after"] = machine.power_state(device)
-        if options.out is not None:
-            result.save(options.out)
         if options.as_json:
             sys.stdout.write(result.to_text())
+            sys.stdout.flush()
         else:
             show(result)
+        if options.out is not None:
+            result.save(options.out)
         if options.plots is not None:
             from sparsepass.bench.plots import draw
 

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from sparsepass.errors import OptionError
+from sparsepass.errors import OptionError, quoted_path, shown
+from sparsepass.files import check_folder, check_input, check_output, check_picture
+
+Use = Literal["", "read", "write", "picture", "folder"]
+"""What a command does with a path: reads a file, writes a file or a picture, writes files into a folder."""
 
 
-def option(default: Any, help: str, panel: str = "Problem", choices: Iterable[str] = ()) -> Any:
-    """A field that is an option of the command line."""
-    return field(default=default, metadata={"help": help, "panel": panel, "choices": tuple(choices)})
+def option(default: Any, help: str, panel: str = "Problem", choices: Iterable[str] = (), use: Use = "") -> Any:
+    """A field that is an option of the command line. ``use``: of a path, checked by ``check_paths``."""
+    return field(default=default, metadata={"help": help, "panel": panel, "choices": tuple(choices), "use": use})
+
+
+def check_paths(options: Any) -> None:
+    """Refuses, before anything is measured, paths that could not be read or written afterwards.
+
+    Folders of files to be written are made. Raises ``OptionError`` naming the option.
+    """
+    written: dict[str, str] = {}
+    for one in fields(options):
+        use, flag = one.metadata.get("use", ""), "--" + one.name.replace("_", "-")
+        given = getattr(options, one.name)
+        for path in given if isinstance(given, tuple) else (given,):
+            if not use or path is None:
+                continue
+            try:
+                if use == "read":
+                    check_input(path, OptionError)
+                elif use == "folder":
+                    check_folder(path, OptionError)
+                else:
+                    check_output(path, OptionError)
+                    if use == "picture":
+                        check_picture(path, OptionError)
+                    if (other := written.setdefault(os.path.realpath(path), flag)) != flag:
+                        raise OptionError(f"{quoted_path(path)} is given for {other}, too.")
+            except OptionError as error:
+                raise OptionError(f"{flag}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +80,52 @@ def specs(options: type) -> list[Spec]:
 
 def spread(arguments: Iterable[str], options: type) -> list[str]:
     """``--lengths 8K,32K 65536`` as ``--lengths 8192 --lengths 32768 --lengths 65536``: what both parsers take."""
-    known = {spec.flag: spec for spec in specs(options) if spec.many}
+    known = {spec.flag: spec for spec in specs(options) if spec.many or spec.kind is int}
     found: list[str] = []
     current: Spec | None = None
     for argument in arguments:
         flag, _, value = argument.partition("=")
         if flag in known:
             current = known[flag]
-            rest = [value] if value else []
+            given = value
         elif current is None or (argument.startswith("-") and not re.match(r"-[.\d]", argument)):
             current = None
             found.append(argument)
             continue
         else:
-            rest = [argument]
-        for one in rest:
-            for part in one.split(",") if current.kind in (int, float) else [one]:
-                if part:
-                    found += [current.flag, _plain(part, current)]
+            given = argument
+        if given:
+            found += _values(given, current)
+            current = current if current.many else None
     return found
 
 
+def _values(given: str, spec: Spec) -> Iterator[str]:
+    for part in given.split(",") if spec.many and spec.kind in (int, float) else [given]:
+        if part:
+            yield from (spec.flag, _plain(part, spec))
+
+
 def _plain(text: str, spec: Spec) -> str:
-    """``32K`` as ``32768``."""
-    thousands = re.fullmatch(r"(\d+)[kK]", text)
-    return str(int(thousands[1]) * 1024) if thousands and spec.kind is int else text
+    if spec.kind is not int:
+        return text
+    try:
+        return str(whole_number(text))
+    except OptionError as error:
+        raise OptionError(f"{spec.flag}: {error}") from None
+
+
+_WHOLE = re.compile(r"(-?\d{1,18})([kKmM]?)", re.ASCII)
+
+
+def whole_number(text: str) -> int:
+    """``32K`` as 32768, ``1M`` as 1048576: how every command reads lengths and counts. Raises ``OptionError``."""
+    found = _WHOLE.fullmatch(str(text).strip())
+    if found is None:
+        raise OptionError(
+            f"{shown(text)} is no number; accepted are whole ones, such as 4096 and 4K, of 18 digits at most."
+        )
+    return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2].lower()]
 
 
 def make(options: type[Any], given: dict[str, Any]) -> Any:
@@ -84,7 +137,7 @@ def make(options: type[Any], given: dict[str, Any]) -> Any:
             continue
         for one in value if spec.many else [value]:
             if spec.choices and one not in spec.choices:
-                raise OptionError(f"{spec.flag} is {one!r}; accepted: {', '.join(spec.choices)}.")
+                raise OptionError(f"{spec.flag} is {shown(one)}; accepted: {', '.join(spec.choices)}.")
         values[spec.name] = tuple(value) if spec.many else value
     return options(**values)
 
@@ -99,9 +152,9 @@ class Machine:
     budget_ms: float = option(100.0, "Time per variant and round; a longer call is made once.", "Measurement")
     time_limit: float = option(0.0, "Seconds after which no further problem is begun; 0: none.", "Measurement")
     seed: int = option(0, "Of the inputs, the lists and the order.", "Measurement")
-    out: Path | None = option(None, "JSON file, written after every problem.", "Output")
+    out: Path | None = option(None, "JSON file, written after every problem.", "Output", use="write")
     as_json: bool = option(False, "The same JSON on stdout, no tables.", "Output")
-    plots: Path | None = option(None, "Folder for plots, one PNG each.", "Output")
+    plots: Path | None = option(None, "Folder for plots, one PNG each.", "Output", use="folder")
 
 
 @dataclass(frozen=True)
@@ -135,7 +188,9 @@ class KernelOptions(Shapes):
     block: int = option(128, "Tokens per block of the lists: 64 or 128.")
     implementations: tuple[str, ...] = option((), _IMPLEMENTATIONS, "Variants")
     baselines: tuple[str, ...] = option((), _BASELINES, "Variants")
-    peer_file: Path | None = option(None, "Python file that calls sparsepass.bench.register_peer.", "Variants")
+    peer_file: Path | None = option(
+        None, "Python file that calls sparsepass.bench.register_peer.", "Variants", use="read"
+    )
     graphs: bool = option(False, "Time our kernels as CUDA graphs too.", "Variants")
 
 
@@ -159,7 +214,9 @@ class OpOptions(SelectionOptions):
 
     implementations: tuple[str, ...] = option(("auto",), "Kernels of our attention, as for bench kernel.", "Variants")
     baselines: tuple[str, ...] = option((), "Of the dense kernels, as for bench kernel; 'none' for none.", "Variants")
-    peer_file: Path | None = option(None, "Python file that calls sparsepass.bench.register_peer.", "Variants")
+    peer_file: Path | None = option(
+        None, "Python file that calls sparsepass.bench.register_peer.", "Variants", use="read"
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsepass.bench.result import Record, Result, shape_of, timed
 from sparsepass.errors import OptionError
+from sparsepass.files import check_folder, write_figure
 
 Series = dict[str, list[tuple[float, Record]]]
 
@@ -22,7 +23,7 @@ def draw(result: Result, folder: Path, stem: str = "") -> list[Path]:
         from matplotlib.ticker import LogFormatter
     except ImportError as error:
         raise OptionError('Plots need matplotlib: pip install matplotlib, or "sparsepass[plots]".') from error
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, OptionError)
     written = []
     for name, paint in PLOTS.items():
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
@@ -37,7 +38,7 @@ def draw(result: Result, folder: Path, stem: str = "") -> list[Path]:
             device = result.environment.get("device", "")
             axes.set_title(f"{device}, {result.environment.get('date', '')}", fontsize="small", loc="right")
             file = folder / f"{stem or result.what}-{name}.png"
-            figure.savefig(file, dpi=130)
+            write_figure(file, figure, 130, OptionError)
             written.append(file)
         pyplot.close(figure)
     return written

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsepass.errors import OptionError
+from sparsepass.errors import OptionError, quoted_path
+from sparsepass.files import check_output, read_json, write_whole
 
 FORMAT, VERSION = "sparsepass.bench", 1
 Record = dict[str, Any]
+_PARTS = {"what": str, "environment": dict, "settings": dict, "records": list, "fits": list, "notes": list}
 SHAPE = ("batch", "heads", "kv_heads", "length", "head_dim", "dtype")
 
 
@@ -40,27 +41,25 @@ class Result:
 
     def save(self, file: Path) -> None:
         """Writes the file whole or not at all. Raises ``OptionError``."""
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(self.to_text(), encoding="utf-8")
-            os.replace(part, file)
-        except OSError as error:
-            raise OptionError(f"{str(file)!r} cannot be written: {error.strerror}.") from error
-        finally:
-            part.unlink(missing_ok=True)
+        check_output(file, OptionError)
+        write_whole(file, self.to_text(), OptionError)
 
     @classmethod
     def load(cls, file: Path) -> Result:
         """Reads what ``save`` wrote. Raises ``OptionError``."""
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OptionError(f"{str(file)!r} cannot be read as JSON: {error}.") from error
+        data = read_json(file, "result", OptionError, finite=False)
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise OptionError(f"{str(file)!r} is no result of sparsepass bench (format {FORMAT!r}, version {VERSION}).")
-        names = ("what", "environment", "settings", "records", "fits", "notes")
-        return cls(**{name: data[name] for name in names if name in data})
+            raise OptionError(
+                f"{quoted_path(file)} is no result of sparsepass bench (format {FORMAT!r}, version {VERSION})."
+            )
+        held = {name: data[name] for name in _PARTS if name in data}
+        for name, kind in _PARTS.items():
+            if not isinstance(held.get(name, kind()), kind) or (name not in held and name in ("what", "environment")):
+                raise OptionError(f"{quoted_path(file)}: {name!r} is missing or of another type; measure again.")
+        for name in ("records", "fits"):
+            if not all(isinstance(one, dict) and isinstance(one.get("variant"), str) for one in held.get(name, ())):
+                raise OptionError(f"{quoted_path(file)}: {name!r} has an entry without a 'variant'; measure again.")
+        return cls(**held)
 
 
 def shape_of(record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,15 +11,17 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from sparsepass.bench.arguments import Command
-from sparsepass.bench.options import option
+from sparsepass.bench.options import check_paths, option
 from sparsepass.calibrate.cell import NOMINAL, Cell, Goal
 from sparsepass.calibrate.log import Log
 from sparsepass.calibrate.refine import Refine
 from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.run import Refining, calibrate, check_goal, ladders
 from sparsepass.calibrate.setting import setting_text
-from sparsepass.errors import OptionError, close_names
+from sparsepass.errors import OptionError, close_names, shown
+from sparsepass.files import check_input, check_output, json_text, write_json
 from sparsepass.methods import encode_budget, make_method
+from sparsepass.policy import Policy
 from sparsepass.tasks.base import Task
 from sparsepass.tasks.score import Mode, questions_at_once
 from sparsepass.types import Budget
@@ -38,7 +39,7 @@ class Asked:
     model: Path | None = option(None, "Local checkpoint folder; default: the testbed.", _ASKED)
     testbed: str = option("small", "Size of the testbed, where no model is given.", _ASKED)
     tasks: tuple[str, ...] = option((), "Tasks by name; default: one of each class.", _ASKED)
-    documents: Path | None = option(None, "JSON lines of your own questions on your own documents.", _ASKED)
+    documents: Path | None = option(None, "JSON lines of your own questions on your own documents.", _ASKED, use="read")
     chat: bool = option(False, "Ask in the tokenizer's chat template.", _ASKED)
     weights: tuple[float, ...] = option((), "Of the tasks in the mix, in their order; default: all alike.", _ASKED)
     lengths: tuple[int, ...] = option((1024, 2048, 4096, 8192), "Tokens of context and question.", _ASKED)
@@ -73,16 +74,15 @@ class CalibrateOptions(Asked):
     floors: int = option(0, "Contexts per task and length whose kept attention mass gives the policy floors.", _SAFE)
     time_limit: float = option(0.0, "Seconds after which no further cell is begun; 0: none.", _RUN)
     name: str = option("calibrated", "Of the policy.", _OUTPUT)
-    out: Path | None = option(None, "Policy file.", _OUTPUT)
-    report: Path | None = option(None, "HTML report.", _OUTPUT)
-    plot: Path | None = option(None, "Picture of the heat map.", _OUTPUT)
-    details: Path | None = option(None, "JSON file of every cell and trial.", _OUTPUT)
+    out: Path | None = option(None, "Policy file.", _OUTPUT, use="write")
+    report: Path | None = option(None, "HTML report.", _OUTPUT, use="write")
+    plot: Path | None = option(None, "Picture of the heat map.", _OUTPUT, use="picture")
+    details: Path | None = option(None, "JSON file of every cell and trial.", _OUTPUT, use="write")
 
 
 def run(options: CalibrateOptions) -> int:
     """Calibrates and writes what was asked for. Returns the exit status: 1 if no cell has a safe budget."""
-    from rich.console import Console
-
+    check_asked(options)
     budgets = ladders(options.methods)
     steps = [step for steps in budgets.values() for step in steps]
     mode = mode_of(options, steps)
@@ -115,8 +115,33 @@ def run(options: CalibrateOptions) -> int:
             policy = found.policy(
                 options.name, measure_floors(session.meter, session.tasks, found, policy, options.floors)
             )
+    _print(found, options)
+    _write(found, policy, options)
+    return int(not any(cell.budget for cell in found.cells))
+
+
+def check_asked(options: Asked) -> None:
+    """Refuses paths, of logs too, that could not be read or written afterwards. Raises ``OptionError``."""
+    check_paths(options)
+    for place, path in enumerate(options.log):
+        (check_input if place else check_output)(path, OptionError)
+
+
+def _print(found: Calibration, options: CalibrateOptions) -> None:
+    """Before anything is written: what was measured for hours is then seen whatever happens to the files."""
+    if options.as_json:
+        print(json_text(as_json(found), OptionError, indent=1), flush=True)
+        return
+    from rich.console import Console
+
+    from sparsepass.calibrate.report import table
+
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table(found))
+
+
+def _write(found: Calibration, policy: Policy, options: CalibrateOptions) -> None:
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         policy.save(options.out)
     if options.report is not None:
         from sparsepass.calibrate.report import write_html
@@ -125,22 +150,13 @@ def run(options: CalibrateOptions) -> int:
     if options.plot is not None:
         from sparsepass.calibrate.plots import draw_calibration
 
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         draw_calibration(found, options.plot)
     if options.details is not None:
-        options.details.parent.mkdir(parents=True, exist_ok=True)
-        options.details.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
-    if options.as_json:
-        print(json.dumps(as_json(found), indent=1))
-    else:
-        from sparsepass.calibrate.report import table
-
-        console = Console()
-        (console if console.is_terminal else Console(width=120)).print(table(found))
+        write_json(options.details, as_json(found), OptionError)
+    if not options.as_json:
         for what, path in (("Policy", options.out), ("Report", options.report), ("Log", next(iter(options.log), None))):
             if path is not None:
                 print(f"{what}: {path}")
-    return int(not any(cell.budget for cell in found.cells))
 
 
 def as_json(found: Calibration) -> dict[str, Any]:
@@ -205,10 +221,8 @@ class Session:
         tasks = tasks_of(options)
         align = max((int(budget.params.get("block") or default_block(device)) for budget in budgets), default=64)
         first = next(iter(options.log), None)
-        if options.again and first is not None:
-            first.unlink(missing_ok=True)
         asked = {"questions": questions, "block": align}
-        log = Log(first, {**about, **asked}, options.log[1:])
+        log = Log(first, {**about, **asked}, options.log[1:], again=options.again)
         share = questions or partial(QUESTIONS.get(mode, one_question), align=align)
         rows = TokenRows(model) if mode == "forced" and questions in (0, 1) else None
         scorer = partial(score, align=align, mode=cast("Mode | None", mode or None))
@@ -273,7 +287,7 @@ def tasks_of(options: Asked) -> list[Task]:
     known = catalogue(tokenizer, chat=options.chat, documents=options.documents)
     for name in options.tasks:
         if name not in known:
-            raise OptionError(f"--tasks {name!r} is not known. {close_names(name, known)}")
+            raise OptionError(f"--tasks {shown(name)} is not known. {close_names(name, known)}")
     mix = TEXT_MIX if options.model is not None else tuple(task.name for task in TOKEN_TASKS)
     return [known[name] for name in dict.fromkeys(options.tasks or mix)]
 

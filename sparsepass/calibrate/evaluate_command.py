@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 from sparsepass.bench.arguments import Command
 from sparsepass.bench.options import option
 from sparsepass.calibrate.cell import NOMINAL
-from sparsepass.calibrate.command import QUESTIONS, Asked, Bars, Session, mode_of, weights_of
+from sparsepass.calibrate.command import QUESTIONS, Asked, Bars, Session, check_asked, mode_of, weights_of
 from sparsepass.calibrate.evaluate import Evaluation, Measured, evaluate
 from sparsepass.calibrate.hypotheses import hypotheses_of
 from sparsepass.calibrate.run import ladders
 from sparsepass.calibrate.setting import setting_text
 from sparsepass.errors import OptionError
+from sparsepass.files import json_text, write_json
 from sparsepass.fingerprint import differences
 
 _SAFE, _OUTPUT = "What is compared", "Output"
@@ -35,7 +35,7 @@ FIXED = (
 class EvaluateOptions(Asked):
     """``sparsepass evaluate``."""
 
-    policy: Path | None = option(None, "Policy file; default: the built-in prior.", _SAFE)
+    policy: Path | None = option(None, "Policy file; default: the built-in prior.", _SAFE, use="read")
     fixed: tuple[str, ...] = option(FIXED, "Fixed budgets: a method's own steps, name=0.05,0.1, or in full.", _SAFE)
     loss: float = option(0.05, "Share of the dense accuracy that may be lost.", _SAFE)
     confidence: float = option(0.95, "Of the one-sided bounds.", _SAFE)
@@ -44,8 +44,8 @@ class EvaluateOptions(Asked):
     dense: int = option(16, "Of these, asked about densely whatever the policy answers.", _SAFE)
     mapped: int = option(4, "Of these, asked about under every fixed budget; under the best ones all.", _SAFE)
     time_limit: float = option(0.0, "Seconds after which fixed budgets are asked at no further place; 0: none.", _SAFE)
-    out: Path | None = option(None, "JSON file.", _OUTPUT)
-    plots: Path | None = option(None, "Folder for plots.", _OUTPUT)
+    out: Path | None = option(None, "JSON file.", _OUTPUT, use="write")
+    plots: Path | None = option(None, "Folder for plots.", _OUTPUT, use="folder")
 
 
 def run(options: EvaluateOptions) -> int:
@@ -54,6 +54,7 @@ def run(options: EvaluateOptions) -> int:
 
     from sparsepass.policy import Policy, builtin_policy
 
+    check_asked(options)
     if min(options.contexts, options.mapped, options.dense) < 2 or options.questions < 0:
         raise OptionError("--contexts, --mapped and --dense of 2 or more and --questions of 0 or more are accepted.")
     policy = builtin_policy() if options.policy is None else Policy.load(options.policy)
@@ -89,16 +90,15 @@ def run(options: EvaluateOptions) -> int:
                 tick=bars.step,
             )
     content = as_json(found)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.as_json:
-        print(json.dumps(content, indent=1))
+        print(json_text(content, OptionError, indent=1), flush=True)
     else:
         from sparsepass.calibrate.evaluate_table import tables
 
         console = Console()
         (console if console.is_terminal else Console(width=130)).print(tables(found))
+    if options.out is not None:
+        write_json(options.out, content, OptionError)
     if options.plots is not None:
         from sparsepass.calibrate.plots import draw
 

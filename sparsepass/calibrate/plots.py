@@ -9,13 +9,15 @@ from sparsepass.calibrate.cell import Cell, Status
 from sparsepass.calibrate.evaluate import Evaluation
 from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.words import tokens
+from sparsepass.errors import OptionError
+from sparsepass.files import check_folder, write_figure
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
 
 
 def draw(found: Evaluation, folder: Path) -> list[Path]:
     """Write ``tolerance.png``, ``safe_density.png`` and ``equal_compute.png``; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, OptionError)
     paths = [folder / name for name in ("tolerance.png", "safe_density.png", "equal_compute.png")]
     return [_map(found, paths[0]), _law(found, paths[1]), _compute(found, paths[2])]
 
@@ -84,7 +86,7 @@ def _heat(
     axes[0].set_yticks(range(len(tasks)), tasks)
     if image is not None:
         figure.colorbar(image, ax=list(axes), label=label)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, 150, OptionError)
     return path
 
 
@@ -109,7 +111,7 @@ def _law(found: Evaluation, path: Path) -> Path:
     axes.set_xlabel("tokens")
     axes.set_ylabel(f"safe density (loss of {found.tolerated:.1%})")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, 150, OptionError)
     return path
 
 
@@ -128,5 +130,5 @@ def _compute(found: Evaluation, path: Path) -> Path:
     axes.set_xlabel("share of the attention computed, mean over the mix")
     axes.set_ylabel("worst loss of any task and length")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, 150, OptionError)
     return path

@@ -14,12 +14,14 @@ from sparsepass.calibrate.cell import Cell, Status
 from sparsepass.calibrate.result import Calibration
 from sparsepass.calibrate.setting import setting_text
 from sparsepass.calibrate.words import how_sure, note, the_number, tokens
+from sparsepass.errors import OptionError
+from sparsepass.files import check_output, write_whole
 
 
 def write_html(found: Calibration, name: str, path: Path) -> None:
     """Write the report: one page that needs nothing beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(found, name), encoding="utf-8")
+    check_output(path, OptionError)
+    write_whole(path, html(found, name), OptionError)
 
 
 def html(found: Calibration, name: str) -> str:

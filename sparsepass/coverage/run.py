@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepass.bench.arguments import Command
-from sparsepass.bench.options import option
+from sparsepass.bench.options import check_paths, option
 from sparsepass.coverage.architectures import Kind, architectures
 from sparsepass.coverage.inputs import Phase, phases_of
 from sparsepass.coverage.own import checkpoint_kind, is_function, own_model
@@ -21,6 +21,7 @@ from sparsepass.coverage.store import Record, Sweep, merged
 from sparsepass.coverage.tables import line, markdown, text
 from sparsepass.coverage.worker import Task, run_all
 from sparsepass.errors import OptionError
+from sparsepass.files import read_text, write_whole
 from sparsepass.inspection import versions
 
 SAMPLE = ("llama", "gemma2", "qwen3", "gpt2", "opt", "bert", "t5", "vit")
@@ -57,12 +58,14 @@ class CoverageOptions:
     minutes: float = option(0.0, "Ends after so long, with what there is in --out; 0: no end.", "Run")
     retry: bool = option(False, "Measure again what failed in the file's earlier run.", "Run")
     again: bool = option(False, "Measure again what the file has.", "Run")
-    merge: tuple[Path, ...] = option((), "Files of other runs, put together in --out; nothing is measured.", "Run")
+    merge: tuple[Path, ...] = option(
+        (), "Files of other runs, put together in --out; nothing is measured.", "Run", use="read"
+    )
     out: Path | None = option(
-        None, "JSON file (.json, .json.gz), written all along; gone on with if it is there.", "Output"
+        None, "JSON file (.json, .json.gz), written all along; gone on with if it is there.", "Output", use="write"
     )
     markdown: Path | None = option(
-        None, "Markdown file for the tables; of a file with marks the part between them.", "Output"
+        None, "Markdown file for the tables; of a file with marks the part between them.", "Output", use="write"
     )
     as_json: bool = option(False, "The same JSON on stdout, no tables.", "Output")
 
@@ -73,6 +76,7 @@ def run(options: CoverageOptions) -> int:
     A sweep that ``--minutes`` has ended gives 0. Raises ``OptionError``.
     """
     _check(options)
+    check_paths(options)
     through = True
     if options.merge:
         sweep = merged([Sweep.load(file) for file in options.merge])
@@ -85,27 +89,24 @@ def run(options: CoverageOptions) -> int:
     else:
         sweep = _begun(options)
         records, through = _sweep(options, sweep)
+    if options.as_json:
+        json.dump({"versions": sweep.versions, **asdict_plain(options), "records": records}, sys.stdout, indent=1)
+        print(flush=True)
+    else:
+        print(text(records))
     if options.out is not None:
         sweep.save(options.out)
     if options.markdown is not None:
         _write(options.markdown, markdown(records, sweep))
-    if options.as_json:
-        json.dump({"versions": sweep.versions, **asdict_plain(options), "records": records}, sys.stdout, indent=1)
-        print()
-    else:
-        print(text(records))
     return int(through and any(record.get("equal") is False for record in records))
 
 
 def _write(file: Path, tables: str) -> None:
-    held = file.read_text(encoding="utf-8") if file.exists() else ""
+    held = read_text(file, "document of --markdown", OptionError) if file.exists() else ""
     before, begin, rest = held.partition(BEGIN)
     _, end, after = rest.partition(END)
     text = f"{before}{begin}\n\n{tables}\n{end}{after}" if begin and end else tables
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"--markdown {str(file)!r} cannot be written: {error.strerror}.") from error
+    write_whole(file, text, OptionError)
 
 
 def _check(options: CoverageOptions) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsepass.errors import OptionError
+from sparsepass.errors import OptionError, quoted_path, shown_path
+from sparsepass.files import LARGEST, check_output, decode, parse_json, read_bytes, write_whole
 
 FORMAT, VERSION = "sparsepass.coverage", 1
 _GZIP = b"\x1f\x8b"
@@ -39,29 +41,38 @@ class Sweep:
         lines = ",\n".join("  " + json.dumps(record) for record in self.records.values())
         head = {"format": FORMAT, "version": VERSION, "versions": self.versions, "settings": self.settings}
         text = json.dumps(head)[:-1] + ', "records": [\n' + lines + "\n]}\n"
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            data = text.encode()
-            part.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
-            os.replace(part, file)
-        except OSError as error:
-            raise OptionError(f"{str(file)!r} cannot be written: {error.strerror}.") from error
+        check_output(file, OptionError)
+        write_whole(file, gzip.compress(text.encode(), mtime=0) if file.suffix == ".gz" else text, OptionError)
 
     @classmethod
     def load(cls, file: Path) -> Sweep:
         """Reads what ``save`` wrote. Raises ``OptionError``."""
-        try:
-            held = file.read_bytes()
-            data = json.loads(gzip.decompress(held) if held.startswith(_GZIP) else held)
-        except (OSError, EOFError, ValueError) as error:
-            raise OptionError(f"{str(file)!r} cannot be read as JSON: {error}.") from error
+        held = read_bytes(file, "result", OptionError)
+        if held.startswith(_GZIP):
+            held = _unpacked(held, file)
+        data = parse_json(decode(held, file, "result", OptionError), shown_path(file), OptionError, finite=False)
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise OptionError(f"{str(file)!r} is no result of sparsepass coverage (version {VERSION}).")
-        sweep = cls(data["versions"], data["settings"])
-        for record in data["records"]:
-            sweep.add(record)
+            raise OptionError(f"{quoted_path(file)} is no result of sparsepass coverage (version {VERSION}).")
+        try:
+            sweep = cls({name: str(one) for name, one in data["versions"].items()}, dict(data["settings"]))
+            for record in data["records"]:
+                sweep.add(record)
+        except KeyError as error:
+            raise OptionError(f"{quoted_path(file)}: the field {error} is missing; measure again.") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise OptionError(f"{quoted_path(file)} is no result of sparsepass coverage: {error}.") from error
         return sweep
+
+
+def _unpacked(held: bytes, file: Path) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(held)) as stream:
+            found = stream.read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise OptionError(f"{quoted_path(file)} cannot be unpacked: {error}.") from error
+    if len(found) > LARGEST:
+        raise OptionError(f"{quoted_path(file)} has over {LARGEST} bytes when unpacked; no result is so large.")
+    return found
 
 
 def merged(sweeps: Sequence[Sweep]) -> Sweep:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import PolicyError, shown
 from sparsepass.types import Budget
 
 if TYPE_CHECKING:
@@ -147,16 +146,16 @@ def parameters(method: type[Method]) -> tuple[Field[Any], ...]:
 def share(method: str, parameter: str, value: Any) -> float:
     """``value`` as a float in (0, 1]. Raises ``PolicyError`` that names the method and the parameter."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or math.isnan(value) or not 0 < value <= 1:
-        raise PolicyError(f"{method} {parameter} is {value!r}; accepted is a number above 0 and at most 1.")
+    if not number or not 0 < value <= 1:
+        raise PolicyError(f"{method} {parameter} is {shown(value)}; accepted is a number above 0 and at most 1.")
     return float(value)
 
 
 def whole(method: str, parameter: str, value: Any, least: int) -> int:
     """``value`` as an integer of at least ``least``. Raises ``PolicyError`` that names the method and the parameter."""
-    integral = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    if not integral or not least <= value <= 1 << 30:
-        raise PolicyError(f"{method} {parameter} is {value!r}; accepted is a whole number of at least {least}.")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= 1 << 30 or value != value // 1:
+        raise PolicyError(f"{method} {parameter} is {shown(value)}; accepted is a whole number of at least {least}.")
     return int(value)
 
 
@@ -175,7 +174,7 @@ def area_of_last(last: int, length: int, block: int | None) -> float:
 def block_size(method: str, value: Any) -> int | None:
     """``value`` if lists may have blocks of that many tokens. Raises ``PolicyError``."""
     if value is not None and (isinstance(value, bool) or value not in BLOCKS):
-        raise PolicyError(f"{method} block is {value!r}; accepted are 64, 128 or null (the default).")
+        raise PolicyError(f"{method} block is {shown(value)}; accepted are 64, 128 or null (the default).")
     return None if value is None else int(value)
 
 
@@ -190,7 +189,9 @@ def similarity(method: str, value: Any) -> float | None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not -1 <= value <= 1:
-        raise PolicyError(f"{method} self_similarity is {value!r}; accepted is a cosine from -1 to 1, or null (none).")
+        raise PolicyError(
+            f"{method} self_similarity is {shown(value)}; accepted is a cosine from -1 to 1, or null (none)."
+        )
     return float(value)
 
 

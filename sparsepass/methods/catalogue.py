@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any
 
-from sparsepass.errors import PolicyError, close_names
+from sparsepass.errors import PolicyError, close_names, shown
 from sparsepass.methods.a_shape import AShape
 from sparsepass.methods.base import Method, parameters
 from sparsepass.methods.dense import Dense
@@ -47,17 +47,19 @@ def method_names() -> tuple[str, ...]:
 
 def make_method(budget: Budget) -> Method:
     """The method that a budget names, its parameters checked. Raises ``PolicyError`` saying what is accepted."""
-    method = _BY_NAME.get(budget.method)
+    method = _BY_NAME.get(budget.method) if isinstance(budget.method, str) else None
     if method is None:
-        raise PolicyError(f"Unknown method {budget.method!r}. {close_names(str(budget.method), _BY_NAME)}")
+        raise PolicyError(f"Unknown method {shown(budget.method)}. {close_names(str(budget.method), _BY_NAME)}")
     known = {spec.name: spec for spec in parameters(method)}
     for param in budget.params:
         if param not in known:
             accepted = close_names(str(param), known) if known else "It takes no parameters."
-            raise PolicyError(f"Unknown parameter {param!r} of method {method.name!r}. {accepted}")
+            raise PolicyError(f"Unknown parameter {shown(param)} of method {method.name!r}. {accepted}")
     missing = [name for name, spec in known.items() if spec.default is MISSING and name not in budget.params]
     if missing:
-        raise PolicyError(f"Method {method.name!r} needs {', '.join(map(repr, missing))}; given: {budget}.")
+        raise PolicyError(
+            f"Method {method.name!r} needs {', '.join(map(repr, missing))}; given: {shown(dict(budget.params))}."
+        )
     return method(**budget.params)
 
 
@@ -97,7 +99,7 @@ def decode_budget(text: str) -> Budget:
 
 
 def _undecodable(text: str) -> str:
-    return f"The budget {text!r} cannot be read; accepted is for instance 'pooled_topk(density=0.1)' or 'dense'."
+    return f"The budget {shown(text)} cannot be read; accepted is for instance 'pooled_topk(density=0.1)' or 'dense'."
 
 
 def budget_from_json(data: Mapping[str, Any]) -> Budget:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import PolicyError, shown
 from sparsepass.methods.base import Method, area_of_last, block_size, cannot_differ, last_blocks, share, similarity
 from sparsepass.methods.dense import Dense
 from sparsepass.methods.heads import per_head
@@ -46,7 +46,9 @@ class PooledTopK(Method):
         if self.head_densities is not None:
             given = self.head_densities
             if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-                raise PolicyError(f"pooled_topk head_densities is {given!r}; accepted is a list, one number per head.")
+                raise PolicyError(
+                    f"pooled_topk head_densities is {shown(given)}; accepted is a list, one number per head."
+                )
             heads = tuple(share(self.name, f"head_densities[{head}]", value) for head, value in enumerate(given))
             if max(heads) != self.density:
                 raise PolicyError(

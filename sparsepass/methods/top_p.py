@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import PolicyError, shown
 from sparsepass.methods.base import block_size, expected, last_blocks, share, similarity, whole
 from sparsepass.methods.scored import ScoredMethod
 
@@ -19,7 +19,7 @@ STRIDES = (4, 8, 16, 32)
 def stride_of(method: str, value: object) -> int:
     """``value`` if it is a stride. Raises ``PolicyError``."""
     if isinstance(value, bool) or value not in STRIDES:
-        raise PolicyError(f"{method} stride is {value!r}; accepted are {', '.join(map(str, STRIDES))}.")
+        raise PolicyError(f"{method} stride is {shown(value)}; accepted are {', '.join(map(str, STRIDES))}.")
     return int(value)  # type: ignore[call-overload,no-any-return]  # one of STRIDES
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparsepass.errors import PolicyError
+from sparsepass.errors import PolicyError, shown
 from sparsepass.methods import densities
 from sparsepass.methods.base import Method, block_size, share, whole
 
@@ -19,7 +19,7 @@ def sampled(method: str, value: Any) -> int:
     """``value`` as a number of queries that can be sampled. Raises ``PolicyError``."""
     number = whole(method, "queries", value, 64)
     if number % 64 or number > 1024:
-        raise PolicyError(f"{method} queries is {value!r}; accepted is a multiple of 64 from 64 to 1024.")
+        raise PolicyError(f"{method} queries is {shown(value)}; accepted is a multiple of 64 from 64 to 1024.")
     return number
 
 

@@ -33,7 +33,7 @@ class TuneOptions:
     time_limit: float = option(0.0, "Seconds after which no further point is begun; run again to go on.", "Measurement")
     fresh: bool = option(False, "Forget an interrupted run instead of going on with it.", "Measurement")
     dry_run: bool = option(False, "List what would be measured, and end.", "Output")
-    out: Path | None = option(None, "File to write; default: where it is found at run time.", "Output")
+    out: Path | None = option(None, "File to write; default: where it is found at run time.", "Output", use="write")
 
 
 @dataclass(frozen=True, slots=True)

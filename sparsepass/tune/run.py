@@ -11,11 +11,13 @@ import torch
 
 from sparsepass.bench import machine
 from sparsepass.bench.arguments import Command
-from sparsepass.bench.options import Machine
+from sparsepass.bench.options import Machine, check_paths
 from sparsepass.bench.progress import Reporter, reporter
 from sparsepass.bench.timing import Effort
 from sparsepass.bench.trial import device_of, first_line
 from sparsepass.crossover import provenance
+from sparsepass.errors import OptionError
+from sparsepass.files import check_output
 from sparsepass.kernels.tuned import force_tiles, parse_tile
 from sparsepass.tune import store
 from sparsepass.tune.grid import DENSITIES, QUICK_DENSITIES, Point, TilePoint, TuneOptions, points
@@ -24,9 +26,13 @@ from sparsepass.tune.measure import measure_crossover, measure_tiles, text
 
 def run(options: TuneOptions) -> int:
     """Measures what is not measured yet and writes the file. Returns the exit status: 1 if something is left to do."""
+    check_paths(options)
     device = device_of(Machine(device=options.device, threads=options.threads))
     wanted = points(options, device)
     out = options.out or store.default_out()
+    check_output(out, OptionError)
+    if out.exists():
+        store.held_devices(out)  # before minutes of work, not after
     environment = machine.describe(device)
     chosen = {"quick": options.quick, "threads": torch.get_num_threads()}
     # What an earlier part of a run must agree in to be gone on with.

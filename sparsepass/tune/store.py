@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsepass.crossover_table import fit, parse_records
-from sparsepass.errors import OptionError
-from sparsepass.kernels.tuned import FORMAT, VERSION, is_tuning, parse_tile
+from sparsepass.errors import OptionError, quoted_path, shown_path
+from sparsepass.files import check_output, read_json, write_whole
+from sparsepass.kernels.tuned import FORMAT, VERSION, devices, is_tuning, parse_tile
 
 
 def default_out() -> Path:
@@ -34,11 +35,12 @@ class Progress:
 
     def _read(self) -> None:
         try:
-            held = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            held = read_json(self.file, "file of a run", OptionError)
+        except OptionError:
             return
         if isinstance(held, dict) and held.get("key") == json.loads(json.dumps(self.key)):
-            self.done = held.get("done", {})
+            done = held.get("done", {})
+            self.done = done if isinstance(done, dict) and all(isinstance(o, dict) for o in done.values()) else {}
 
     def add(self, name: str, outcome: Any) -> None:
         self.done[name] = outcome
@@ -67,6 +69,19 @@ def entry(environment: Mapping[str, Any], settings: Mapping[str, Any], outcomes:
     }
 
 
+def held_devices(out: Path) -> list[Any]:
+    """The devices of a tuning file that is to be written anew. Raises ``OptionError``."""
+    try:
+        data = read_json(out, "tuning file", OptionError)
+    except OptionError as error:
+        raise OptionError(f"{error} Remove it, or give --out.") from error
+    if not is_tuning(data) or data.get("version") != VERSION:
+        raise OptionError(
+            f"{quoted_path(out)} is there and is no tuning file of this version; remove it, or give --out."
+        )
+    return list(devices(data, shown_path(out)))
+
+
 def merged(out: Path, new: Mapping[str, Any]) -> dict[str, Any]:
     """The file's content with this device in place of its former measurement. Raises ``OptionError``.
 
@@ -74,15 +89,7 @@ def merged(out: Path, new: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept: list[Any] = []
     if out.is_file():
-        try:
-            data = json.loads(out.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OptionError(
-                f"{str(out)!r} is there and cannot be read ({error}); remove it, or give --out."
-            ) from error
-        if not is_tuning(data) or data.get("version") != VERSION:
-            raise OptionError(f"{str(out)!r} is there and is no tuning file of this version; remove it, or give --out.")
-        kept = data["devices"]
+        kept = held_devices(out)
     content = dict(new)
     for former in kept:
         if former.get("device") == new["device"]:
@@ -146,12 +153,5 @@ def to_text(content: Mapping[str, Any]) -> str:
 
 def write(file: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises ``OptionError``."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
-    except OSError as error:
-        raise OptionError(f"{str(file)!r} cannot be written: {error.strerror}.") from error
-    finally:
-        part.unlink(missing_ok=True)
+    check_output(file, OptionError)
+    write_whole(file, text, OptionError)

@@ -6,13 +6,14 @@ where the answer is one of them, and a ``"title"`` if there is one. Lines with t
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparsepass.errors import shown, shown_path
+from sparsepass.files import json_lines, parse_json, read_text
 from sparsepass.hints import Level
 from sparsepass.tasks.base import TaskError
 from sparsepass.tasks.metrics import exact_match, word_f1
@@ -92,13 +93,12 @@ def read(file: str | Path, codec: Codec) -> tuple[DocumentQA, ...]:
     Raises ``TaskError`` naming the line that is not as the format says, or the file that is not there.
     """
     path = Path(file)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise TaskError(f"{path} cannot be read: {error.strerror}; give a file of JSON lines.") from None
-    records = [_record(line, f"{path}, line {place}") for place, line in enumerate(lines, start=1) if line.strip()]
+    lines = json_lines(read_text(path, "file of documents", TaskError))
+    records = [_record(line, f"{shown_path(path)}, line {place}") for place, line in lines]
     if not records:
-        raise TaskError(f"{path} has no questions; accepted is one JSON object per line with {', '.join(FIELDS[:3])}.")
+        raise TaskError(
+            f"{shown_path(path)} has no questions; accepted is one JSON object per line with {', '.join(FIELDS[:3])}."
+        )
     free = tuple(record for record in records if not record.choices)
     chosen = tuple(record for record in records if record.choices)
     found = []
@@ -110,26 +110,23 @@ def read(file: str | Path, codec: Codec) -> tuple[DocumentQA, ...]:
 
 
 def _record(line: str, where: str) -> Record:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where} is not JSON: {error}.") from None
+    content = parse_json(line, where, TaskError)
     if not isinstance(content, Mapping):
         raise TaskError(f"{where} is a {type(content).__name__}; accepted is an object with {', '.join(FIELDS[:3])}.")
     unknown = [key for key in content if key not in FIELDS]
     if unknown:
-        raise TaskError(f"{where} has {unknown[0]!r}; accepted are {', '.join(FIELDS)}.")
+        raise TaskError(f"{where} has {shown(unknown[0])}; accepted are {', '.join(FIELDS)}.")
     texts = {key: _text(content, key, where) for key in FIELDS[:3]}
     choices = content.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices) or len(choices) > len(LETTERS):
-        raise TaskError(f"{where}: choices is {choices!r}; accepted is a list of at most {len(LETTERS)} texts.")
+        raise TaskError(f"{where}: choices is {shown(choices)}; accepted is a list of at most {len(LETTERS)} texts.")
     if choices and texts["answer"] not in choices:
-        raise TaskError(f"{where}: the answer {texts['answer']!r} is none of the choices.")
+        raise TaskError(f"{where}: the answer {shown(texts['answer'])} is none of the choices.")
     return Record(**texts, choices=tuple(choices), title=str(content.get("title", "")))
 
 
 def _text(content: Mapping[str, Any], key: str, where: str) -> str:
     found = content.get(key)
     if not isinstance(found, str) or not found.strip():
-        raise TaskError(f"{where}: {key} is {found!r}; accepted is a text that is not empty.")
+        raise TaskError(f"{where}: {key} is {shown(found)}; accepted is a text that is not empty.")
     return found
