@@ -30,8 +30,13 @@ class FoundSite:
     site: AttentionSite
     attention: Attention
     terms: MaskTerms | Skip
-    layer: int
+    layer: int | None
+    """Number of its layer, from 0; None where it is not known."""
     hint: str | None
+    source: str = ""
+    """Where its module hangs, as Dynamo writes it: ``L['self'].layers.7.self_attn``."""
+    layer_shared: bool = False
+    """Other layers that the policy treats as this one may run the same graph."""
 
     @property
     def query_shape(self) -> tuple[int | torch.SymInt, ...]:
@@ -191,7 +196,8 @@ def _describe(
         module=module,
     )
     custom = attention.output.meta.get("custom") or {}
-    return FoundSite(site, attention, terms, _layer(module, index), custom.get(NODE_KEY))
+    source = _module_source(attention.output)
+    return FoundSite(site, attention, terms, layer_in_path(module), custom.get(NODE_KEY), source)
 
 
 def _mask_terms(
@@ -244,14 +250,17 @@ def _size(size: int | torch.SymInt) -> int | str:
     return size if isinstance(size, int) else str(size)
 
 
-def _module_path(node: fx.Node) -> str:
+def _module_source(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    path = re.sub(r"L\['(\w+)'\]\.?|_modules\[['\"](\w+)['\"]\]", lambda m: m.group(2) or "", str(path))
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _module_path(node: fx.Node) -> str:
+    path = re.sub(r"L\['(\w+)'\]\.?|_modules\[['\"](\w+)['\"]\]", lambda m: m.group(2) or "", _module_source(node))
     return re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("..", ".").strip(".")
 
 
-def _layer(module: str, index: int) -> int:
-    """Layer number from the module's path (``model.layers.7.self_attn``), else the site's place in the graph."""
-    numbers = re.findall(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    return int(numbers[0]) if numbers else index
+def layer_in_path(module: str) -> int | None:
+    """The number in a module's path (``model.layers.7.self_attn``); None where it has none, or several."""
+    numbers = [int(part) for part in module.split(".") if part.isdecimal()]
+    return numbers[0] if len(numbers) == 1 else None

@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "mask_terms policy_file report_table testing",
         "mask cli_policy",
         "sites fingerprint",
+        "layer_numbers",
         "entries",
         "ranges options verify",
         "plan rewrite inline",
