@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,17 @@ def compile_count() -> int:
 def count_compile() -> None:
     global _compiled
     _compiled += 1
+
+
+def graph_breaks() -> Counter[str]:
+    """Graph breaks of this process so far: how many for each reason, in one line each."""
+    from torch._dynamo.utils import counters
+
+    found: Counter[str] = Counter()
+    for reason, count in counters["graph_break"].items():
+        lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+        found[lines[0] if lines else "of unknown reason"] += count
+    return found
 
 
 def raise_recompile_limit() -> None:

@@ -27,6 +27,9 @@ class Recording:
     runs_before: list[int] = field(default_factory=list)
 
 
+with_attention = 0
+"""Runs of graphs in which attention was found, or something that nearly matched."""
+
 ACTIVE: list[Recording] = []
 _lock = threading.Lock()
 
