@@ -13,6 +13,8 @@ from torch import nn
 
 MARK = "_torchdynamo_orig_callable"
 """What a function that ``torch.compile`` made has."""
+DISABLED = "_torchdynamo_disable"
+"""And what one has that ``torch.compiler.disable`` made, beside it."""
 
 
 def is_compiled(target: Any) -> bool:
@@ -77,5 +79,5 @@ def _compiled_itself(one: Any) -> bool:
         called = getattr(one, "_compiled_call_impl", None) is not None
         return called or isinstance(one, torch._dynamo.OptimizedModule)
     if isinstance(one, types.FunctionType | types.MethodType):
-        return hasattr(one, MARK) or hasattr(inspect.unwrap(one), MARK)
+        return any(hasattr(f, MARK) and not getattr(f, DISABLED, False) for f in (one, inspect.unwrap(one)))
     return False

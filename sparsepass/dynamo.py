@@ -128,14 +128,27 @@ def root_object(root: str) -> Any:
 
     None where no frame is being compiled, or it has no such variable.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        output = InstructionTranslator.current_tx().output
-    except AttributeError:
+    output = _frame_output()
+    if output is None:
         return None
     scope = output.local_scope if root.startswith("L[") else output.global_scope
     return scope.get(root[3:-2])
+
+
+def frame_modules() -> list[torch.nn.Module]:
+    """The modules that the frame being compiled holds in variables of its own, such as its ``self``."""
+    output = _frame_output()
+    held = () if output is None else tuple(output.local_scope.values())
+    return [one for one in held if isinstance(one, torch.nn.Module)]
+
+
+def _frame_output() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output
+    except AttributeError:  # nothing is being compiled: the backend was called by hand
+        return None
 
 
 def _root_source(root: str) -> Any:

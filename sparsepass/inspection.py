@@ -94,12 +94,12 @@ def _no_site(graphs: Sequence[CompiledGraph], breaks: Counter[str]) -> str:
     reasons = []
     if any(graph.findings.refused for graph in graphs):
         reasons.append("what looks like attention is listed as not matched")
-    if inside := list(dict.fromkeys(graph.elsewhere for graph in graphs if graph.elsewhere)):
-        reasons.append(f"{', '.join(inside[:3])}: in them, but what it calls for its attention runs outside the graphs")
+    elif inside := list(dict.fromkeys(g.elsewhere.module for g in graphs if g.elsewhere and g.elsewhere.module)):
+        reasons.append(f"parts of {', '.join(inside[:3])} are in the graphs, but the attention itself is not")
     if breaks:
         reasons.append(f"Dynamo broke the graph, for instance: {next(iter(breaks))}")
     why = "; ".join(reasons) or "they hold no softmax of scores and no call of an attention function"
-    return f"No attention was found in what was compiled, so nothing is sparse: {why}."
+    return f"No attention was matched in what was compiled, so nothing is sparse: {why}."
 
 
 def _is_other_method(target: Callable[..., Any]) -> bool:

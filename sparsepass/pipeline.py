@@ -124,10 +124,8 @@ class CompiledGraph:
         self._batches = _batch_readers(captured, findings, plan) if plan.registry_key is not None else ()
         self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
         self._layers = layers
-        self._found = bool(findings.sites or findings.refused)
-        self.elsewhere = "" if self._found else attention_module(captured)
-        """A class of modules that attend, of which this graph has a part but no attention; else empty."""
-        self._runs_elsewhere = Elsewhere(self.elsewhere) if self.elsewhere else None
+        self.elsewhere = None if findings.sites else Elsewhere(attention_module(captured), findings.refused)
+        """Where no site was found: whether attention runs outside this graph."""
         self._warned = False
         devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
         self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
@@ -137,10 +135,10 @@ class CompiledGraph:
         if record.ACTIVE:
             record.ran(self)
         self.runs += 1
-        if self._found:
-            record.with_attention += 1
-        elif self._runs_elsewhere is not None:
-            self._runs_elsewhere.ran()
+        if self.elsewhere is None:
+            record.with_sites += 1
+        else:
+            self.elsewhere.ran()
         if self._layers and not dynamo.ObjectGuard.all_passed(self._layers):
             return self._run_dense(args, f"the layers that it was compiled for ({self._layers[0].text}) were not checked")
         if self._wanted is None:

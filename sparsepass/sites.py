@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,6 +21,7 @@ from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
 """Attention over fewer is left alone: there is no block to leave out."""
+_ATTENDS = re.compile(r"(?:flash|paged|varlen|efficient)_?(?:attn|attention|mla)|(?:attn|attention)(?:_func|_forward|_fwd)|::attention", re.I)
 TOO_FEW = "too few to be tokens (layers, streams, patches of one window)"
 
 
@@ -70,6 +72,9 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) ->
     for node in graph.nodes:
         candidates = [pattern for pattern in catalogue if pattern.anchor == view.ops[node].name]
         if not candidates:
+            if (name := _other_kernel(node)) is not None:
+                reason = f"{name} is an attention kernel of another package: one call, which is left as it is"
+                refused.append(Skip(reason, (node.name,), _module_path(node)))
             continue
         outcome = _first_match(candidates, view, node, maker)
         if isinstance(outcome, Attention) and (write := _write_inside(view, outcome)) is not None:
@@ -162,6 +167,19 @@ def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
         if any(is_product(view, one) for one in below):
             return True
     return False
+
+
+def _other_kernel(node: fx.Node) -> str | None:
+    """The name of an operator or function, not of torch or ours, that attends by its name (``flash_attn::forward``)."""
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    schema = getattr(target, "_schema", None) or getattr(getattr(target, "default", None), "_schema", None)
+    name = schema.name if schema is not None else f"{getattr(target, '__module__', '')}::{getattr(target, '__name__', '')}"
+    package = re.split(r"::|\.", name)[0]
+    if package in ("", "None", "aten", "prims", "torch", "sparsepass", "builtins", "_operator", "math"):
+        return None
+    return name if _ATTENDS.search(name) else None
 
 
 def _describe(
