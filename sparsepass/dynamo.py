@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +33,17 @@ def compile_count() -> int:
 def count_compile() -> None:
     global _compiled
     _compiled += 1
+
+
+def graph_breaks() -> Counter[str]:
+    """Graph breaks of this process so far: how many for each reason, in one line each."""
+    from torch._dynamo.utils import counters
+
+    found: Counter[str] = Counter()
+    for reason, count in counters["graph_break"].items():
+        lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+        found[lines[0] if lines else "of unknown reason"] += count
+    return found
 
 
 def raise_recompile_limit() -> None:
@@ -57,6 +70,92 @@ def install_plan_guard(registry_key: str) -> str:
     source = CallFunctionNoArgsSource(DictGetItemSource(registry, registry_key))
     install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
     return f"sparsepass.plan_keys[{registry_key!r}]()"
+
+
+class ObjectGuard:
+    """A guard on what a variable of the captured frame holds, by a function of ours.
+
+    ``passed()`` says whether it held just before the compiled graph was called: a guard that a filter or a stance has
+    dropped is not asked, and then it is False.
+    """
+
+    _seen = threading.local()
+
+    def __init__(self, root: str, check: Callable[[Any], bool], text: str) -> None:
+        self.root = root
+        self.text = text
+        self._check = check
+
+    def __call__(self, held: Any) -> bool:
+        if not self._check(held):
+            return False
+        self._marks().add(self)
+        return True
+
+    @classmethod
+    def all_passed(cls, guards: Sequence[ObjectGuard]) -> bool:
+        """Whether all of them held since this was last asked in this thread."""
+        seen = cls._marks()
+        passed = seen.issuperset(guards)
+        seen.clear()
+        return passed
+
+    @classmethod
+    def _marks(cls) -> set[ObjectGuard]:
+        marks: set[ObjectGuard] | None = getattr(cls._seen, "marks", None)
+        if marks is None:
+            marks = cls._seen.marks = set()
+        return marks
+
+    def install(self) -> None:
+        """Guard the frame being compiled."""
+        from torch._dynamo.guards import install_guard
+
+        install_guard(_root_source(self.root).make_guard(self._build))
+
+    def _build(self, builder: Any, guard: Any) -> None:
+        from torch._dynamo.guards import get_verbose_code_parts
+
+        manager, words = builder.get_guard_manager(guard), get_verbose_code_parts(self.text, guard)
+        try:
+            manager.add_lambda_guard(self, words, guard.user_stack)
+        except TypeError:  # torch 2.11 takes no stack
+            manager.add_lambda_guard(self, words)
+
+
+def root_object(root: str) -> Any:
+    """What a variable of the frame being compiled holds, by the name of its source: ``L['self']``, ``G['model']``.
+
+    None where no frame is being compiled, or it has no such variable.
+    """
+    output = _frame_output()
+    if output is None:
+        return None
+    scope = output.local_scope if root.startswith("L[") else output.global_scope
+    return scope.get(root[3:-2])
+
+
+def frame_modules() -> list[torch.nn.Module]:
+    """The modules that the frame being compiled holds in variables of its own, such as its ``self``."""
+    output = _frame_output()
+    held = () if output is None else tuple(output.local_scope.values())
+    return [one for one in held if isinstance(one, torch.nn.Module)]
+
+
+def _frame_output() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output
+    except AttributeError:  # nothing is being compiled: the backend was called by hand
+        return None
+
+
+def _root_source(root: str) -> Any:
+    from torch._dynamo.source import GlobalSource, LocalSource
+
+    name = root[3:-2]
+    return LocalSource(name) if root.startswith("L[") else GlobalSource(name)
 
 
 def hint_value(length: int | torch.SymInt) -> int | None:

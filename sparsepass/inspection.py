@@ -6,15 +6,17 @@ import functools
 import importlib.metadata
 import inspect
 import platform
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsepass import hints, record
+from sparsepass import dynamo, hints, record
 from sparsepass import options as names
+from sparsepass.compiled_inside import is_compiled
 from sparsepass.counters import Counts
 from sparsepass.drawgraph import DrawNode
 from sparsepass.entries import budget_text
@@ -25,6 +27,10 @@ from sparsepass.policy import Policy
 from sparsepass.report import GraphReport, Outcome, Report, RowReport, SiteReport
 from sparsepass.types import BY_LENGTH, BY_ROW, Phase, Plan, PlanEntry
 
+NOT_USED = (
+    "policy= and options= of explain were not used: what was called is compiled already, or compiles a part of itself, "
+    "and ran under its own."
+)
 NO_INDUCTOR = "Run without Inductor: times and peak memory are those of the rewritten graph, unfused."
 
 
@@ -39,12 +45,13 @@ def explain(
     """Call ``target(*args, **kwargs)`` once, without gradients, and report every attention site.
 
     ``target`` is a model, a function, or something compiled already (by ``torch.compile(..., backend="sparsepass")`` or
-    ``model.compile(...)``), which is then run as it is. A model or function that is not compiled is compiled for this
-    one call, without Inductor. A method such as ``model.generate`` is run as it is: if nothing in it is compiled, the
+    ``model.compile(...)``) or of which a part is, such as single layers: that is then run as it is, under its own policy
+    and options. A model or function in which nothing is compiled is compiled for this one call, without Inductor. A method such as ``model.generate`` is run as it is: if nothing in it is compiled, the
     report says so. ``task``: hint in force during the call, or a list of one per row of the batch. ``options``: as for
-    ``torch.compile``.
+    ``torch.compile``. Raises ``OptionError``, ``PolicyError`` or ``HintError`` for what is not accepted.
     """
     runnable, notes = _prepare(target, policy, options)
+    breaks = dynamo.graph_breaks()
     with record.recording() as recording, _PeakMemory() as peak, torch.no_grad():
         if task is None:
             runnable(*args, **kwargs)
@@ -57,9 +64,11 @@ def explain(
             zip(recording.ran, recording.before, recording.runs_before, strict=True)
         )
     )
+    if graphs and not any(graph.sites for graph in graphs):
+        notes.insert(0, _no_site(recording.ran, dynamo.graph_breaks() - breaks))
     return Report(
         graphs=graphs,
-        notes=tuple(notes) if graphs else (),
+        notes=tuple(note for note in notes if graphs or note is NOT_USED),
         peak_memory_bytes=peak.value,
         device=peak.device_name,
         versions=versions(),
@@ -69,23 +78,28 @@ def explain(
 def _prepare(
     target: Callable[..., Any], policy: str | Path | Policy | None, options: dict[str, Any] | None
 ) -> tuple[Callable[..., Any], list[str]]:
-    if _is_compiled(target) or _is_other_method(target):
-        return target, []
+    """What to call, and what the report has to say of that."""
     chosen = {names.INDUCTOR: False, **(options or {})}
     if policy is not None:
         chosen[names.POLICY] = policy
+    names.parse(None, chosen)  # a wrong one is an error here, not inside a compilation
+    if is_compiled(target) or _is_other_method(target):
+        return target, [NOT_USED] if policy is not None or options else []
     notes = [] if chosen[names.INDUCTOR] else [NO_INDUCTOR]
     return torch.compile(target, backend=functools.partial(backend, options=chosen)), notes
 
 
-def _is_compiled(target: Callable[..., Any]) -> bool:
-    """Whether calling ``target`` enters something that ``torch.compile`` made."""
-    if isinstance(target, nn.Module):
-        inner = getattr(target, "_compiled_call_impl", None) is not None
-        return inner or isinstance(target, torch._dynamo.OptimizedModule) or _is_compiled(target.forward)
-    return hasattr(inspect.unwrap(target) if callable(target) else target, "_torchdynamo_orig_callable") or hasattr(
-        target, "_torchdynamo_orig_callable"
-    )
+def _no_site(graphs: Sequence[CompiledGraph], breaks: Counter[str]) -> str:
+    """Why nothing was made sparse, though the backend was called, in one line."""
+    reasons = []
+    if any(graph.findings.refused for graph in graphs):
+        reasons.append("what looks like attention is listed as not matched")
+    elif inside := list(dict.fromkeys(g.elsewhere.module for g in graphs if g.elsewhere and g.elsewhere.module)):
+        reasons.append(f"parts of {', '.join(inside[:3])} are in the graphs, but the attention itself is not")
+    if breaks:
+        reasons.append(f"Dynamo broke the graph, for instance: {next(iter(breaks))}")
+    why = "; ".join(reasons) or "they hold no softmax of scores and no call of an attention function"
+    return f"No attention was matched in what was compiled, so nothing is sparse: {why}."
 
 
 def _is_other_method(target: Callable[..., Any]) -> bool:
@@ -106,7 +120,7 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
     if graph.plan.registry_key is None and sites:
         why = "every task class gets the same plan" if graph.findings.prefill else "decode sites stay dense"
         notes.append(f"No hint guard: {why}.")
-    notes += graph.measurements
+    notes += [*_layer_notes(graph), *graph.measurements]
     return GraphReport(
         index=index,
         name=f"graph {index}",
@@ -123,6 +137,15 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
         nodes=draw_nodes(graph),
         rows=tuple(map(str, graph.rows)) if graph.rows is not None and isinstance(graph.plan.task, tuple) else (),
     )
+
+
+def _layer_notes(graph: CompiledGraph) -> list[str]:
+    """Where a policy has budgets by layer, the sites whose layer is not known."""
+    unknown = [str(f.site.index) for f in graph.findings.prefill if f.layer is None]
+    if not unknown or len(graph.settings.policy.layer_starts) == 1:
+        return []
+    sites = f"site {unknown[0]}" if len(unknown) == 1 else f"sites {', '.join(unknown)}"
+    return [f"The layer of {sites} is unknown: the policy's most cautious budget of all layers holds there."]
 
 
 def _task_text(graph: CompiledGraph) -> str:

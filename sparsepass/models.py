@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+from pathlib import Path
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,6 +95,8 @@ def load_model(path: str, *, attn: str, dtype: torch.dtype, device: str) -> Any:
     Raises:
         ModelError: transformers is missing, or the folder holds no such model.
     """
+    if not Path(path).is_dir():
+        raise ModelError(f"There is no such folder: {path!r}. Give a local checkpoint folder; nothing is downloaded.")
     transformers = _transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -33,7 +33,8 @@ class LayerMass:
     """As given."""
     used: TaskClass
     """Whose budgets held: another one once the monitor raised it."""
-    layer: int
+    layer: int | None
+    """None where it is not known, or several share the graph."""
     site: str
     """Path of the module, or the graph node's name where Dynamo knows none."""
     rows: int

@@ -54,7 +54,7 @@ def _cells(layer: LayerMass) -> tuple[Text, ...]:
     return (
         Text(str(layer.hint)),
         Text(str(layer.used) if layer.used is not layer.hint else "its own"),
-        Text(str(layer.layer)),
+        Text("?" if layer.layer is None else str(layer.layer)),
         Text(f"{layer.mean:.3f}", style="red" if low else "green"),
         Text(f"{layer.lowest:.3f}"),
         Text("" if layer.floor is None else f"{layer.floor:.3f}"),

@@ -16,9 +16,11 @@ from torch import fx
 from sparsepass import counters, crossover, dynamo, record, watch
 from sparsepass import options as options_module
 from sparsepass.canon import value
+from sparsepass.elsewhere import Elsewhere, attention_module
 from sparsepass.fingerprint import warn_of_sites
 from sparsepass.hints import current_auto, hint_words
 from sparsepass.inline import written_out
+from sparsepass.layer_numbers import number_layers
 from sparsepass.ops import prepare
 from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
 from sparsepass.rewrite import Rewriter
@@ -58,6 +60,7 @@ def backend(
     gm, captured = written_out(gm), gm
     findings = find_sites(gm.graph)
     findings = replace(findings, refused=findings.refused + find_nested(gm))
+    findings, layers = number_layers(findings, settings.policy)
     warn_of_sites(settings.policy, [found.site for found in findings.prefill])
     plan = plan_graph(findings, settings)
     rewritten, slot, inputs, sites = _rewrite(gm, findings, plan)
@@ -67,11 +70,11 @@ def backend(
     examples = [*example_inputs, *inputs.examples]
     compiled = dynamo.inductor(rewritten, examples, patches) if use_inductor else rewritten.forward
     hint_guard = None if plan.registry_key is None else dynamo.install_plan_guard(plan.registry_key)
-    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard, inputs.sources, watched)
+    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard, inputs.sources, watched, layers)
     graph.compile_seconds = time.perf_counter() - started
     record.compiled(graph)
     log.info("%s", graph.summary())
-    return graph if plan.registry_key is not None or findings.sites or findings.refused else compiled
+    return graph
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class CompiledGraph:
         hint_guard: str | None,
         row_sources: Sequence[RowSource] = (),
         watched: watch.WatchedGraph | None = None,
+        layers: tuple[dynamo.ObjectGuard, ...] = (),
     ) -> None:
         self.compiled = compiled
         self.captured = captured
@@ -109,7 +113,8 @@ class CompiledGraph:
         self.plan = plan
         self.settings = settings
         self.slot = slot
-        self.guards = (*plan.length_guards, *((f"{hint_guard} == {plan.current.key!r}",) if hint_guard else ()))
+        hint = (f"{hint_guard} == {plan.current.key!r}",) if hint_guard else ()
+        self.guards = (*plan.length_guards, *hint, *(guard.text for guard in layers))
         self.compile_seconds = 0.0
         self.runs = 0
         self.key = plan.current.key
@@ -120,6 +125,9 @@ class CompiledGraph:
         self._row_sources = tuple(row_sources)
         self._batches = _batch_readers(captured, findings, plan) if plan.registry_key is not None else ()
         self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
+        self._layers = layers
+        self.elsewhere = None if findings.sites else Elsewhere(attention_module(captured), findings.refused)
+        """Where no site was found: whether attention runs outside this graph."""
         self._warned = False
         devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
         self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
@@ -129,6 +137,12 @@ class CompiledGraph:
         if record.ACTIVE:
             record.ran(self)
         self.runs += 1
+        if self.elsewhere is None:
+            record.with_sites += 1
+        else:
+            self.elsewhere.ran()
+        if self._layers and not dynamo.ObjectGuard.all_passed(self._layers):
+            return self._run_dense(args, f"the layers that it was compiled for ({self._layers[0].text}) were not checked")
         if self._wanted is None:
             return self.compiled(*args, *(source.make(TaskClass.UNKNOWN, args) for source in self._row_sources))
         hint = self.settings.wanted()
@@ -138,8 +152,8 @@ class CompiledGraph:
             for batch in self._batches:
                 check_rows(hint, batch(args))
             self.rows = hint
-        if self._wanted() != self.key:
-            return self._run_dense(args)
+        if (wanted := self._wanted()) != self.key:
+            return self._run_dense(args, f"the hint in force wants {wanted!r}")
         added = [source.make(hint, args) for source in self._row_sources]
         if self.watched is None:
             return self.compiled(*args, *added)
@@ -154,14 +168,13 @@ class CompiledGraph:
             watching.add(self.watched, self.settings.given(), hint, outputs[-count:])
         return outputs[:-count]
 
-    def _run_dense(self, args: tuple[Any, ...]) -> Any:
+    def _run_dense(self, args: tuple[Any, ...], why: str) -> Any:
         if not self._warned:
             self._warned = True
-            assert self._wanted is not None  # the caller compared it
             warnings.warn(
-                f"This graph was compiled for the plan {self.key!r}, but the hint in force wants {self._wanted()!r}: "
+                f"This graph was compiled for the plan {self.key!r}, but {why}: "
                 "its guard was dropped (guard_filter_fn, or a stance that skips guards). It runs dense and "
-                "uncompiled; keep the guards on sparsepass.plan_keys.",
+                "uncompiled; keep the guards of sparsepass.",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -141,14 +141,40 @@ class Policy:
         """One budget for a site of ``heads`` query heads; densities that differ are in its ``head_densities``."""
         return _site_budget(self, task, bucket, layer, heads)
 
-    def floor(self, task: TaskClass, bucket: LengthBucket, layer: int) -> float | None:
+    def floor(self, task: TaskClass, bucket: LengthBucket, layer: int | None) -> float | None:
         """The share of the attention mass that a layer has to keep under a monitor; None where any will do.
 
-        That of the last rule that holds for the layer; rules for some heads alone are passed over. ``bucket`` is one of
-        ``buckets``.
+        That of the last rule that holds for the layer; rules for some heads alone are passed over. An unknown
+        (``None``) layer has to keep the most that any layer has to. ``bucket`` is one of ``buckets``.
         """
         rules = [rule for rule in _covering(self, task, bucket) if rule.heads is None]
-        return next((rule.floor for rule in reversed(rules) if rule.layers is None or layer in rule.layers), None)
+        floors = [
+            next((rule.floor for rule in reversed(rules) if rule.layers is None or place in rule.layers), None)
+            for place in _places(layer, (rule.layers for rule in rules))
+        ]
+        return max((floor for floor in floors if floor is not None), default=None)
+
+    @cached_property
+    def layer_starts(self) -> tuple[int, ...]:
+        """The first layer of each stretch of layers that all rules treat alike, in order; (0,) without such rules."""
+        return tuple(_places(None, (rule.layers for rule in self.rules)))
+
+    def layer_stretch(self, layer: int) -> tuple[int, int | None]:
+        """The stretch of layers around one that all rules treat alike: first and last, ``None`` for no end."""
+        place = bisect.bisect_right(self.layer_starts, layer)
+        return self.layer_starts[place - 1], self.layer_starts[place] - 1 if place < len(self.layer_starts) else None
+
+    def differs_by_layer(self, buckets: Iterable[LengthBucket], heads: int) -> bool:
+        """Whether layers of ``heads`` query heads have several budgets, or floors, in one of the buckets."""
+        if len(self.layer_starts) == 1:
+            return False
+        return any(
+            len({(_site_budget(self, task, bucket, layer, heads), self.floor(task, bucket, layer)) for layer in places})
+            > 1
+            for bucket in buckets
+            for task in TaskClass
+            if (places := _places(None, (rule.layers for rule in _covering(self, task, bucket))))
+        )
 
     def within(self, span: LengthBucket) -> tuple[LengthBucket, ...]:
         """The buckets that a range of lengths made of whole buckets consists of."""

@@ -27,6 +27,9 @@ class Recording:
     runs_before: list[int] = field(default_factory=list)
 
 
+with_sites = 0
+"""Runs of graphs with attention sites in this process; threads may lose some, so that only its change says anything."""
+
 ACTIVE: list[Recording] = []
 _lock = threading.Lock()
 

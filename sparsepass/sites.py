@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,6 +21,7 @@ from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
 """Attention over fewer is left alone: there is no block to leave out."""
+_ATTENDS = re.compile(r"(?:flash|paged|varlen|efficient)_?(?:attn|attention|mla)|(?:attn|attention)(?:_func|_forward|_fwd)|::attention", re.I)
 TOO_FEW = "too few to be tokens (layers, streams, patches of one window)"
 
 
@@ -30,8 +32,13 @@ class FoundSite:
     site: AttentionSite
     attention: Attention
     terms: MaskTerms | Skip
-    layer: int
+    layer: int | None
+    """Number of its layer, from 0; None where it is not known."""
     hint: str | None
+    source: str = ""
+    """Where its module hangs, as Dynamo writes it: ``L['self'].layers.7.self_attn``."""
+    layer_shared: bool = False
+    """Other layers that the policy treats as this one may run the same graph."""
 
     @property
     def query_shape(self) -> tuple[int | torch.SymInt, ...]:
@@ -65,6 +72,9 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) ->
     for node in graph.nodes:
         candidates = [pattern for pattern in catalogue if pattern.anchor == view.ops[node].name]
         if not candidates:
+            if (name := _other_kernel(node)) is not None:
+                reason = f"{name} is an attention kernel of another package: one call, which is left as it is"
+                refused.append(Skip(reason, (node.name,), _module_path(node)))
             continue
         outcome = _first_match(candidates, view, node, maker)
         if isinstance(outcome, Attention) and (write := _write_inside(view, outcome)) is not None:
@@ -159,6 +169,19 @@ def _looks_like_attention(view: CanonicalGraph, node: fx.Node) -> bool:
     return False
 
 
+def _other_kernel(node: fx.Node) -> str | None:
+    """The name of an operator or function, not of torch or ours, that attends by its name (``flash_attn::forward``)."""
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    schema = getattr(target, "_schema", None) or getattr(getattr(target, "default", None), "_schema", None)
+    name = schema.name if schema is not None else f"{getattr(target, '__module__', '')}::{getattr(target, '__name__', '')}"
+    package = re.split(r"::|\.", name)[0]
+    if package in ("", "None", "aten", "prims", "torch", "sparsepass", "builtins", "_operator", "math"):
+        return None
+    return name if _ATTENDS.search(name) else None
+
+
 def _describe(
     index: int,
     attention: Attention,
@@ -191,7 +214,8 @@ def _describe(
         module=module,
     )
     custom = attention.output.meta.get("custom") or {}
-    return FoundSite(site, attention, terms, _layer(module, index), custom.get(NODE_KEY))
+    source = _module_source(attention.output)
+    return FoundSite(site, attention, terms, layer_in_path(module), custom.get(NODE_KEY), source)
 
 
 def _mask_terms(
@@ -244,14 +268,17 @@ def _size(size: int | torch.SymInt) -> int | str:
     return size if isinstance(size, int) else str(size)
 
 
-def _module_path(node: fx.Node) -> str:
+def _module_source(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    path = re.sub(r"L\['(\w+)'\]\.?|_modules\[['\"](\w+)['\"]\]", lambda m: m.group(2) or "", str(path))
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def _module_path(node: fx.Node) -> str:
+    path = re.sub(r"L\['(\w+)'\]\.?|_modules\[['\"](\w+)['\"]\]", lambda m: m.group(2) or "", _module_source(node))
     return re.sub(r"\['?(\w+)'?\]", r".\1", path).replace("..", ".").strip(".")
 
 
-def _layer(module: str, index: int) -> int:
-    """Layer number from the module's path (``model.layers.7.self_attn``), else the site's place in the graph."""
-    numbers = re.findall(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    return int(numbers[0]) if numbers else index
+def layer_in_path(module: str) -> int | None:
+    """The number in a module's path (``model.layers.7.self_attn``); None where it has none, or several."""
+    numbers = [int(part) for part in module.split(".") if part.isdecimal()]
+    return numbers[0] if len(numbers) == 1 else None

@@ -23,7 +23,8 @@ class WatchedSite:
     """A site that samples rows, as its compiled graph knows it."""
 
     name: str
-    layer: int
+    layer: int | None
+    """None where it is not known, or several share the graph."""
     floors: Mapping[TaskClass, float]
     """The policy's floor of the mean mass kept, by class; a class without one is not there."""
     own_hint: bool
@@ -84,7 +85,8 @@ class Raised:
     hint: TaskClass
     before: TaskClass
     to: TaskClass
-    layer: int
+    layer: int | None
+    """None where it is not known, or several share the graph."""
     site: str
     mass: float
     floor: float

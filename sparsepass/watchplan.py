@@ -35,7 +35,8 @@ def _site(found: FoundSite, plan: GraphPlan, settings: Settings) -> WatchedSite:
         known = [settings.policy.floor(task, one, found.layer) for one in buckets]
         if given := [floor for floor in known if floor is not None]:
             floors[task] = max(given)
-    return WatchedSite(found.site.module or found.site.name, found.layer, floors, own_hint=found.hint is not None)
+    layer = None if found.layer_shared else found.layer
+    return WatchedSite(found.site.module or found.site.name, layer, floors, own_hint=found.hint is not None)
 
 
 def _share(entry: PlanEntry) -> float:

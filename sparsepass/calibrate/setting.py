@@ -45,10 +45,11 @@ def setting_text(setting: Setting | None) -> str:
     return encode_budget(setting or DENSE)
 
 
-def layer_budget(setting: Setting | None, layer: int) -> Budget | None:
-    """What a setting gives a layer; ``None`` is dense. A layer that it does not know stays dense."""
+def layer_budget(setting: Setting | None, layer: int | None) -> Budget | None:
+    """What a setting gives a layer; ``None`` is dense. A layer that it does not know, or that is not known, stays dense."""
     if isinstance(setting, Layered):
-        return setting.budgets[layer] if layer < len(setting.budgets) else None
+        known = layer is not None and layer < len(setting.budgets)
+        return setting.budgets[layer] if known else None
     return setting
 
 

@@ -69,7 +69,7 @@ class BudgetSwitch:
             node.target = self._site(layers[slot], heads[slot])
         return _without_dead_masks(graph)
 
-    def _site(self, layer: int, heads: int) -> Callable[..., torch.Tensor]:
+    def _site(self, layer: int | None, heads: int) -> Callable[..., torch.Tensor]:
         prepared: set[str] = set()
 
         def switched_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
