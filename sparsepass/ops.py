@@ -161,11 +161,14 @@ def _attend(
     return out, kept_mass(query, key, lse, count=sampled, scale=scale, visible=visible, scores=scores)
 
 
-def prepare(text: str, heads: int, device: torch.device) -> None:
-    """Put on the device what the op needs there under a budget text: nothing may be allocated inside a CUDA graph."""
+def prepare(text: str, heads: int | None, device: torch.device) -> None:
+    """Put on the device what the op needs there under a budget text: nothing may be allocated inside a CUDA graph.
+
+    ``heads``: None where their number is known only when the op runs.
+    """
     counters.prepare(device)
     for one in [entry.split("=", 1)[1] for entry in text.split(";")] if ";" in text else [text]:
-        if is_row_text(one):
+        if heads is not None and is_row_text(one):
             dial_table(one, heads, device)
         method = method_of(one)
         if method is not None:

@@ -128,7 +128,7 @@ class Rewriter:
             "dropout_p": 0.0,
             "is_causal": terms.band.causal,
             "scale": self._scale(found.attention),
-            "enable_gqa": found.site.gqa_group > 1,
+            "enable_gqa": found.site.grouped,
         }
         return self._call(F.scaled_dot_product_attention, *self._operands(found.attention), **arguments)
 
