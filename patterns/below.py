@@ -25,7 +25,7 @@ class Below:
     value_dims: Dims
     size: Atom
     inside: set[fx.Node] = field(default_factory=set)
-    dropout_p: float = 0.0
+    dropout_p: Operand = 0.0
     sink: tuple[Operand, Dims] | None = None
 
 
@@ -33,7 +33,7 @@ def read_below(view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, k
     """Follow the probabilities, with dims ``dims``, to their product with the values. Raises ``Unclear``."""
     node, inside = softmax, {softmax}
     pending_sink = has_sink
-    dropout_p = 0.0
+    dropout_p: Operand = 0.0
     for _ in range(16):
         user = _next(view, node)
         op = view.ops[user]
@@ -45,7 +45,7 @@ def read_below(view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, k
         if op.name == "getitem" and pending_sink and _drops_last(user, len(dims)):
             pending_sink = False
         elif op.name == "dropout":
-            dropout_p = float(dict(op.params)["p"])
+            dropout_p = dict(op.params)["p"]
         elif op.name == "masked_fill" and number_of(view.resolve(op.operands[2])) == 0.0:
             _check_repeats(view, softmax, user)
         elif op.name == "transpose":
@@ -124,7 +124,7 @@ def _equal(view: CanonicalGraph, left: Operand, right: Operand, depth: int = 6) 
 
 def _summed(
     view: CanonicalGraph, axes: Axes, node: fx.Node, user: fx.Node, dims: Dims, key: Atom, inside: set[fx.Node],
-    dropout_p: float,
+    dropout_p: Operand,
 ) -> Below:  # fmt: skip
     """The product with the values, its dimensions named by those of the probabilities."""
     product = product_of(view, user, axes)

@@ -210,6 +210,13 @@ def _check_hides(node: fx.Node, number: float) -> None:
 def _check_known(view: CanonicalGraph, node: fx.Node, scores: Operand, fill: Operand) -> None:
     """A buffer of the model as the fill: its value may change without the graph's."""
     scores, fill = view.resolve(scores), view.resolve(fill)
+    if is_scalar(fill) and isinstance(scores, fx.Node) and leads_to_product(view, scores):
+        raise Unclear(
+            f"{node.name!r} puts {fill.name!r} in the place of scores, a number that is not known when the graph is "
+            f"compiled; a constant of {HIDES:g} or less hides a key",
+            node,
+            fill,
+        )
     single = isinstance(fill, fx.Node) and isinstance(value(fill), torch.Tensor) and not shape(fill)
     if single and isinstance(scores, fx.Node) and leads_to_product(view, scores):
         raise Unclear(

@@ -28,6 +28,8 @@ def check(match: Match) -> Attention | Skip:
     mask = given["attn_mask"]
     if mask is not None and not isinstance(mask, fx.Node):
         return Skip("the mask of this attention is a constant", (node.name,))
+    if isinstance(given["is_causal"], fx.Node):
+        return Skip("whether this attention is causal is known only when it runs", (node.name,))
     ranks = [len(shape(operand)) for operand in (query, key, value)]
     if any(rank != ranks[0] for rank in ranks) or ranks[0] < 2:
         return Skip(f"query, key and value have {ranks} dimensions; equal numbers from two on are needed", (node.name,))

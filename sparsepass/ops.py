@@ -25,13 +25,13 @@ from sparsepass.types import UNBOUNDED
 _library = torch.library.Library("sparsepass", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
-    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float softcap=0.0,"
+    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float? softcap=None,"
     " Tensor? slopes=None, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 _library.define(
     "watched_attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
-    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float softcap=0.0,"
+    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float? softcap=None,"
     " Tensor? slopes=None, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None, *, int sampled)"
     " -> (Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
@@ -54,7 +54,7 @@ def _attention(
     budget: str,
     slot: int,
     rows: torch.Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
@@ -63,7 +63,7 @@ def _attention(
     """Attention over the blocks that ``budget`` selects.
 
     query [B, H, Sq, D], key [B, Hkv, Skv, D] and value [B, Hkv, Skv, Dv] of one dtype (fp16, bf16, fp32), any strides;
-    segments int32 [B, Sq] and [B, Skv]. ``softcap`` (0: none) to ``sinks``: the fields of ``kernels.scores.Scores``.
+    segments int32 [B, Sq] and [B, Skv]. ``softcap`` to ``sinks``: the fields of ``kernels.scores.Scores``.
     ``budget``: a method's text form, or that of ``RowBudgets``, from which ``rows`` picks (class numbers int32 [B], the
     places in ``TASKS``), or a table of these, ``high=text;...;*=text``, from which the real key length picks.
     Returns [B, H, Sq, Dv] laid out as [B, Sq, H, Dv].
@@ -109,7 +109,7 @@ def _attend(
     budget: str,
     slot: int,
     rows: torch.Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
@@ -120,8 +120,10 @@ def _attend(
     """The output, and where rows are sampled and blocks were left out, what those rows kept."""
     text = text_for(budget, key.shape[2])
     method = method_of(text)
+    if scale < 0:  # a dynamic number: the kernels take those from 0 on
+        query, scale = -query, -scale
     offset = key.shape[2] - query.shape[2] if bottom_right else 0
-    scores = Scores(softcap or None, slopes, bias, mask, sinks)
+    scores = Scores(softcap if softcap is None else abs(softcap), slopes, bias, mask, sinks)
     if method is None and scores.given:  # SDPA has no soft cap and no sinks, and would need a tensor for the rest
         text, method = _FULL.text(), _FULL
     if method is None:

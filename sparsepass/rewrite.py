@@ -117,7 +117,10 @@ class Rewriter:
     def _scale(self, attention: Attention) -> Any:
         if attention.scale is None:
             return default_scale(int(shape(attention.query)[3]))
-        return self.nodes[attention.scale] if isinstance(attention.scale, fx.Node) else float(attention.scale)
+        return self._number(attention.scale)
+
+    def _number(self, given: Operand) -> Any:
+        return float(given) if isinstance(given, int | float) else self._node(given)
 
     def _dense(self, found: FoundSite) -> fx.Node:
         """SDPA without the mask tensor: the dense kernel at dense speed."""
@@ -160,7 +163,7 @@ class Rewriter:
         """What happens to the scores besides the recognized mask, as arguments of the op."""
         given: dict[str, Any] = {}
         if attention.softcap is not None:
-            given["softcap"] = float(attention.softcap)
+            given["softcap"] = self._number(attention.softcap)
         if attention.sinks is not None:
             given["sinks"] = self._node(attention.sinks)
         for name, wanted, join in (("mask", True, torch.logical_and), ("bias", False, torch.add)):

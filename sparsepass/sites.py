@@ -106,8 +106,10 @@ def _unfit(attention: Attention) -> Skip | None:
         return Skip(f"the graph carries no shapes for query, key or value of {name!r}", (name,))
     if any(dynamo.hint_value(size) is None for size in (query[3], values[3])):
         return Skip(f"the head size of {name!r} follows the data, and the kernels are made for one", (name,))
-    pairs = ((query[0], key[0]), (query[0], values[0]), (key[1], values[1]), (key[2], values[2]), (query[3], key[3]))
-    if all(same_size(one, other) for one, other in pairs):
+    shared = ((query[0], key[0]), (query[0], values[0]), (key[1], values[1]))
+    summed = ((key[2], values[2]), (query[3], key[3]))  # of other sizes the model itself would raise an error
+    differ = any(isinstance(one, int) and isinstance(other, int) and one != other for one, other in summed)
+    if not differ and all(same_size(one, other) for one, other in shared):
         return None
     sizes = ", ".join(str(list(sizes)) for sizes in (query, key, values))
     return Skip(f"query, key and value of {name!r} are {sizes}: these are not known to fit each other", (name,))
