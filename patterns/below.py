@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand
+from sparsepass.canon import CanonicalGraph, Operand, called_name
 from sparsepass.match import same_size, shape, used_outside
 from sparsepass.patterns.axes import Atom, Axes, Dims
 from sparsepass.patterns.products import PRODUCTS, product_of
@@ -42,7 +42,7 @@ def read_below(view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, k
                 raise Unclear("the sinks are not dropped after the softmax", user)
             return _summed(view, axes, node, user, dims, key, inside | {user}, dropout_p)
         inside.add(user)
-        if op.name == "getitem" and pending_sink and _drops_last(user, len(dims)):
+        if op.name in ("getitem", "slice") and pending_sink and _drops_last(user, len(dims)):
             pending_sink = False
         elif op.name == "dropout":
             dropout_p = dict(op.params)["p"]
@@ -87,6 +87,8 @@ def _next(view: CanonicalGraph, node: fx.Node) -> fx.Node:
 def _drops_last(node: fx.Node, rank: int) -> bool:
     """``x[..., :-1]``, or with full slices in front."""
     index = node.args[1]
+    if called_name(node) == "slice":
+        return index in (-1, rank - 1) and tuple(node.args[2:]) == (0, -1)
     if not isinstance(index, tuple) or index[-1] != slice(None, -1, None):
         return False
     front = index[:-1]

@@ -7,6 +7,7 @@ any layout, heads merged into the batch or not; steps are a scale, a soft cap, b
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,7 @@ class _Reading:
     query_factors: list[tuple[Operand, Dims, float]] = field(default_factory=list)
     terms: list[tuple[Operand, Dims, float]] = field(default_factory=list)
     sink: tuple[Operand, Dims] | None = None
-    constant: float = 0.0
+    constant: Operand = 0.0
     """Added to every score: the same to a softmax, but not to sinks."""
 
 
@@ -126,8 +127,10 @@ class _Assembly:
             raise Unclear("a constant is added to the scores before they are capped", step.node)
         if step.also and Kind.SINK in later:
             raise Unclear("the row's maximum is taken off the scores before sinks join them", step.node)
-        if isinstance(step.operand, float) and self.reading.sink is None:
-            self.reading.constant += step.operand
+        if step.operand is not None and self.reading.sink is None:
+            known = isinstance(step.operand, float) and isinstance(self.reading.constant, float)
+            call = operator.add if known else functools.partial(self.maker.call, operator.add)
+            self.reading.constant = call(self.reading.constant, step.operand)
 
     def _viewed(self, dims: Dims, node: fx.Node) -> Dims:
         op = self.view.ops[node]
@@ -146,13 +149,14 @@ class _Assembly:
             if factor <= 0:
                 raise Unclear(f"the scores are scaled by {factor:g}; a scale is above 0", step.node)
             self._multiply(factor, 1.0)
-            reading.constant *= factor
+            reading.constant = self._by(reading.constant, factor)
             reading.terms = [(term, seen, self._times(term, sign, factor)) for term, seen, sign in reading.terms]
             return
         if is_scalar(factor):
-            if reading.terms or reading.constant:
+            if reading.terms:
                 raise Unclear("the scores are scaled by a dynamic number after a mask or a bias", step.node)
             self._multiply(factor, step.sign)
+            reading.constant = self._by(reading.constant, factor, step.sign)
             return
         if reading.outer is not None or reading.terms:
             raise Unclear("the scores are scaled by a tensor after a cap, a mask or a bias", step.node)
@@ -169,8 +173,8 @@ class _Assembly:
         target = operator.mul if sign > 0 else operator.truediv
         if isinstance(number, float) and isinstance(factor, float):
             return target(number, factor)
-        if sign > 0 and isinstance(number, float) and number == 1.0:
-            return factor
+        if isinstance(number, float) and (number == 0.0 or (number == 1.0 and sign > 0)):
+            return factor if number else number
         return self.maker.call(target, number, factor)
 
     @staticmethod
@@ -318,7 +322,8 @@ class _Assembly:
         sinks = self._made(
             source, self.axes.steps(kept, (groups[1],)) if by_head else self.axes.steps(kept, groups, fill=False)
         )
-        return sinks if not self.reading.constant else self.maker.call(torch.sub, sinks, self.reading.constant)
+        constant = self.reading.constant
+        return sinks if isinstance(constant, float) and not constant else self.maker.call(torch.sub, sinks, constant)
 
     def _unexpanded(self, operand: Operand, dims: Dims) -> tuple[Operand, Dims]:
         """The tensor behind ``expand``, with no atom where it is broadcast."""

@@ -82,7 +82,7 @@ def can_guard(length: int | torch.SymInt) -> bool:
 
 
 def can_fix(size: int | torch.SymInt) -> bool:
-    """Whether a graph may be guarded to this one size: not where it is unbacked, nor where the user marked it dynamic."""
+    """Whether a graph may be guarded to this one size: not an unbacked one, nor one that the user marked dynamic."""
     if isinstance(size, int):
         return True
     return can_guard(size) and not (size.node.expr.free_symbols & _marked_symbols(size.node.shape_env))

@@ -74,7 +74,11 @@ def refusal(found: FoundSite) -> Skip | None:
         return found.terms
     heads, kv_heads = found.query_shape[1], found.key_shape[1]
     if same_size(kv_heads, 0) or not _is_multiple(heads, kv_heads):
-        known = "are no multiple" if isinstance(heads, int) and isinstance(kv_heads, int) else "are not known to be a multiple"
+        known = (
+            "are no multiple"
+            if isinstance(heads, int) and isinstance(kv_heads, int)
+            else "are not known to be a multiple"
+        )
         return Skip(f"{heads} query heads {known} of {kv_heads} key/value heads")
     if not all(dynamo.can_fix(size) for size in found.head_sizes):
         return Skip("the head size is marked as dynamic, and the kernels are made for one; mark it static")

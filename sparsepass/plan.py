@@ -58,7 +58,7 @@ class GraphPlan:
 
 
 def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
-    """Plan every site for every task class. Installs the guards on lengths and head sizes; the hint guard is the caller's."""
+    """Plan every site for every task class. Installs the guards on sizes; that on the hint is the caller's."""
     refusals = {found.site.index: refusal(found) for found in findings.sites}
     for found in findings.sites:
         if refusals[found.site.index] is None:
