@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand
+from sparsepass.canon import CanonicalGraph, Operand, called_name
 from sparsepass.match import same_size, shape, used_outside
 from sparsepass.patterns.axes import Atom, Axes, Dims
 from sparsepass.patterns.products import PRODUCTS, product_of
@@ -25,7 +25,7 @@ class Below:
     value_dims: Dims
     size: Atom
     inside: set[fx.Node] = field(default_factory=set)
-    dropout_p: float = 0.0
+    dropout_p: Operand = 0.0
     sink: tuple[Operand, Dims] | None = None
 
 
@@ -33,7 +33,7 @@ def read_below(view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, k
     """Follow the probabilities, with dims ``dims``, to their product with the values. Raises ``Unclear``."""
     node, inside = softmax, {softmax}
     pending_sink = has_sink
-    dropout_p = 0.0
+    dropout_p: Operand = 0.0
     for _ in range(16):
         user = _next(view, node)
         op = view.ops[user]
@@ -42,10 +42,10 @@ def read_below(view: CanonicalGraph, softmax: fx.Node, axes: Axes, dims: Dims, k
                 raise Unclear("the sinks are not dropped after the softmax", user)
             return _summed(view, axes, node, user, dims, key, inside | {user}, dropout_p)
         inside.add(user)
-        if op.name == "getitem" and pending_sink and _drops_last(user, len(dims)):
+        if op.name in ("getitem", "slice") and pending_sink and _drops_last(user, len(dims)):
             pending_sink = False
         elif op.name == "dropout":
-            dropout_p = float(dict(op.params)["p"])
+            dropout_p = dict(op.params)["p"]
         elif op.name == "masked_fill" and number_of(view.resolve(op.operands[2])) == 0.0:
             _check_repeats(view, softmax, user)
         elif op.name == "transpose":
@@ -87,6 +87,8 @@ def _next(view: CanonicalGraph, node: fx.Node) -> fx.Node:
 def _drops_last(node: fx.Node, rank: int) -> bool:
     """``x[..., :-1]``, or with full slices in front."""
     index = node.args[1]
+    if called_name(node) == "slice":
+        return index in (-1, rank - 1) and tuple(node.args[2:]) == (0, -1)
     if not isinstance(index, tuple) or index[-1] != slice(None, -1, None):
         return False
     front = index[:-1]
@@ -124,7 +126,7 @@ def _equal(view: CanonicalGraph, left: Operand, right: Operand, depth: int = 6) 
 
 def _summed(
     view: CanonicalGraph, axes: Axes, node: fx.Node, user: fx.Node, dims: Dims, key: Atom, inside: set[fx.Node],
-    dropout_p: float,
+    dropout_p: Operand,
 ) -> Below:  # fmt: skip
     """The product with the values, its dimensions named by those of the probabilities."""
     product = product_of(view, user, axes)

@@ -8,10 +8,10 @@ import logging
 
 from sparsepass.match import Pattern
 from sparsepass.patterns.composite import FLEX, MULTI_HEAD, NATIVE
-from sparsepass.patterns.sdpa import SDPA
+from sparsepass.patterns.sdpa import OTHER_KERNEL, SDPA, SDPA_KERNEL
 from sparsepass.patterns.written_out import WRITTEN_OUT
 
-CATALOGUE: tuple[Pattern, ...] = (SDPA, WRITTEN_OUT, MULTI_HEAD, FLEX, NATIVE)
+CATALOGUE: tuple[Pattern, ...] = (SDPA, SDPA_KERNEL, OTHER_KERNEL, WRITTEN_OUT, MULTI_HEAD, FLEX, NATIVE)
 GROUP = "sparsepass.patterns"
 """Entry points of this group name a ``Pattern``, or a tuple of them, of another package."""
 

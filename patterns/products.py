@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand
+from sparsepass.canon import CanonicalGraph, Operand, is_scalar
 from sparsepass.match import same_size, shape
 from sparsepass.patterns.axes import Atom, Axes, Dims
 
@@ -25,7 +25,8 @@ class Product:
     right_dims: Dims
     out: Dims
     summed: Atom
-    alpha: float = 1.0
+    alpha: Operand = 1.0
+    """A number, or what yields one."""
     added: Operand = None
     beta: float = 1.0
 
@@ -49,12 +50,12 @@ def product_of(view: CanonicalGraph, node: fx.Node, axes: Axes) -> Product | Non
         return _einsum(axes, node, left, right, params["equation"])
     found = _matmul(axes, node, left, right)
     if op.name == "baddbmm" and found is not None:
-        numbers = [params["alpha"], params["beta"]]
-        if not all(isinstance(number, int | float) for number in numbers):
+        alpha, beta = params["alpha"], params["beta"]
+        if not is_scalar(alpha) or not isinstance(beta, int | float):
             return None
         return Product(
             node, left, right, found.left_dims, found.right_dims, found.out, found.summed,
-            float(numbers[0]), op.operands[0] if numbers[1] != 0 else None, float(numbers[1]),
+            float(alpha) if isinstance(alpha, int) else alpha, op.operands[0] if beta != 0 else None, float(beta),
         )  # fmt: skip
     return found
 

@@ -10,7 +10,7 @@ import operator
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand
+from sparsepass.canon import CanonicalGraph, Operand, called
 from sparsepass.match import same_size, shape
 
 
@@ -35,7 +35,7 @@ def without_repeat(view: CanonicalGraph, node: Operand) -> Operand:
     if name == "reshape":
         expanded = view.resolve(node.args[0])
         return _behind_expand(view, node, expanded) if view.ops[expanded].name == "expand" else node
-    if node.target in ("repeat_interleave", torch.repeat_interleave):
+    if called(node) in ("repeat_interleave", torch.repeat_interleave):
         source = node.args[0]
         repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
         axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand, is_scalar, value
+from sparsepass.canon import CanonicalGraph, Operand, called_name, is_scalar, value
 from sparsepass.match import HIDES, shape
 from sparsepass.patterns.products import PRODUCTS, is_product
 
@@ -145,6 +145,8 @@ def _add(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
         number = number_of(other)
         if number is not None and isinstance(scores, fx.Node):
             return Step(Kind.NOTHING, node, sign * number), scores
+        if sign > 0 and is_scalar(other) and isinstance(scores, fx.Node):
+            return Step(Kind.NOTHING, node, other), scores
     if sign < 0 and isinstance(right, fx.Node) and (peak := _row_maximum(view, right, left)) is not None:
         return Step(Kind.NOTHING, node, also=peak), left
     if isinstance(left, fx.Node) and isinstance(right, fx.Node):
@@ -210,6 +212,13 @@ def _check_hides(node: fx.Node, number: float) -> None:
 def _check_known(view: CanonicalGraph, node: fx.Node, scores: Operand, fill: Operand) -> None:
     """A buffer of the model as the fill: its value may change without the graph's."""
     scores, fill = view.resolve(scores), view.resolve(fill)
+    if is_scalar(fill) and isinstance(scores, fx.Node) and leads_to_product(view, scores):
+        raise Unclear(
+            f"{node.name!r} puts {fill.name!r} in the place of scores, a number that is not known when the graph is "
+            f"compiled; a constant of {HIDES:g} or less hides a key",
+            node,
+            fill,
+        )
     single = isinstance(fill, fx.Node) and isinstance(value(fill), torch.Tensor) and not shape(fill)
     if single and isinstance(scores, fx.Node) and leads_to_product(view, scores):
         raise Unclear(
@@ -313,4 +322,4 @@ def of_the_model(view: CanonicalGraph, node: fx.Node) -> bool:
 
 def node_name(node: fx.Node) -> str:
     """The function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+    return called_name(node)

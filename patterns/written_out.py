@@ -7,6 +7,8 @@ any layout, heads merged into the batch or not; steps are a scale, a soft cap, b
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +31,14 @@ from sparsepass.types import Skip
 class _Reading:
     """What the steps amount to: ``cap * tanh(scale * q k / cap)``, then the terms, then sinks."""
 
-    scale: float | fx.Node = 1.0
-    outer: float | None = None
+    scale: Operand = 1.0
+    """A number, or what yields one: under ``dynamic=True`` a module's numbers are symbols."""
+    outer: Operand = None
     """Factor behind the tanh, once there is one."""
     query_factors: list[tuple[Operand, Dims, float]] = field(default_factory=list)
     terms: list[tuple[Operand, Dims, float]] = field(default_factory=list)
     sink: tuple[Operand, Dims] | None = None
-    constant: float = 0.0
+    constant: Operand = 0.0
     """Added to every score: the same to a softmax, but not to sinks."""
 
 
@@ -104,7 +107,7 @@ class _Assembly:
                 case Kind.SCALE:
                     self._scaled(step, dims)
                 case Kind.TANH:
-                    if reading.outer is not None or reading.terms or isinstance(reading.scale, fx.Node):
+                    if reading.outer is not None or reading.terms:
                         raise Unclear("the scores are capped after a mask or a bias is added to them", step.node)
                     reading.outer = 1.0
                 case Kind.ADD | Kind.HIDE:
@@ -124,8 +127,10 @@ class _Assembly:
             raise Unclear("a constant is added to the scores before they are capped", step.node)
         if step.also and Kind.SINK in later:
             raise Unclear("the row's maximum is taken off the scores before sinks join them", step.node)
-        if isinstance(step.operand, float) and self.reading.sink is None:
-            self.reading.constant += step.operand
+        if step.operand is not None and self.reading.sink is None:
+            known = isinstance(step.operand, float) and isinstance(self.reading.constant, float)
+            call = operator.add if known else functools.partial(self.maker.call, operator.add)
+            self.reading.constant = call(self.reading.constant, step.operand)
 
     def _viewed(self, dims: Dims, node: fx.Node) -> Dims:
         op = self.view.ops[node]
@@ -143,23 +148,34 @@ class _Assembly:
         if isinstance(factor, float):
             if factor <= 0:
                 raise Unclear(f"the scores are scaled by {factor:g}; a scale is above 0", step.node)
-            if reading.outer is not None:
-                reading.outer *= factor
-            elif isinstance(reading.scale, fx.Node):
-                raise Unclear("the scores are scaled by two numbers, of which one is dynamic", step.node)
-            else:
-                reading.scale *= factor
-            reading.constant *= factor
+            self._multiply(factor, 1.0)
+            reading.constant = self._by(reading.constant, factor)
             reading.terms = [(term, seen, self._times(term, sign, factor)) for term, seen, sign in reading.terms]
+            return
+        if is_scalar(factor):
+            if reading.terms:
+                raise Unclear("the scores are scaled by a dynamic number after a mask or a bias", step.node)
+            self._multiply(factor, step.sign)
+            reading.constant = self._by(reading.constant, factor, step.sign)
             return
         if reading.outer is not None or reading.terms:
             raise Unclear("the scores are scaled by a tensor after a cap, a mask or a bias", step.node)
-        if is_scalar(factor):
-            if reading.scale != 1.0 or step.sign < 0:
-                raise Unclear("the scores are scaled by a dynamic number and another factor", step.node)
-            reading.scale = factor
-            return
         reading.query_factors.append((factor, self.axes.seen(shape(factor), dims), step.sign))
+
+    def _multiply(self, factor: Operand, sign: float) -> None:
+        """Scale what is there, before or after the cap; ``sign`` -1 divides."""
+        if self.reading.outer is None:
+            self.reading.scale = self._by(self.reading.scale, factor, sign)
+        else:
+            self.reading.outer = self._by(self.reading.outer, factor, sign)
+
+    def _by(self, number: Operand, factor: Operand, sign: float = 1.0) -> Operand:
+        target = operator.mul if sign > 0 else operator.truediv
+        if isinstance(number, float) and isinstance(factor, float):
+            return target(number, factor)
+        if isinstance(number, float) and (number == 0.0 or (number == 1.0 and sign > 0)):
+            return factor if number else number
+        return self.maker.call(target, number, factor)
 
     @staticmethod
     def _times(term: Operand, sign: float, factor: float) -> float:
@@ -214,11 +230,9 @@ class _Assembly:
         whole = (*groups, (key_atom,))
         terms = tuple(Term(self._term(term, seen, whole), sign) for term, seen, sign in self.reading.terms)
         output, restore = self._output(below, (*groups, (below.size,)), made_query)
-        scale: float | fx.Node = self.reading.scale
-        softcap = self.reading.outer
+        scale, softcap = self.reading.scale, self.reading.outer
         if softcap is not None:
-            assert not isinstance(scale, fx.Node)  # refused above
-            scale = scale * softcap
+            scale = self._by(scale, softcap)
         made_key, made_value = both_without_repeat(self.view, made_key, made_value)
         return Attention(
             spelling="eager_softmax",
@@ -308,7 +322,8 @@ class _Assembly:
         sinks = self._made(
             source, self.axes.steps(kept, (groups[1],)) if by_head else self.axes.steps(kept, groups, fill=False)
         )
-        return sinks if not self.reading.constant else self.maker.call(torch.sub, sinks, self.reading.constant)
+        constant = self.reading.constant
+        return sinks if isinstance(constant, float) and not constant else self.maker.call(torch.sub, sinks, constant)
 
     def _unexpanded(self, operand: Operand, dims: Dims) -> tuple[Operand, Dims]:
         """The tensor behind ``expand``, with no atom where it is broadcast."""

@@ -9,6 +9,8 @@ Nothing is mutated: the view refers to the nodes of the original graph.
 from __future__ import annotations
 
 import bisect
+import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -83,18 +85,35 @@ _DIV = (torch.div, torch.divide, torch.true_divide, operator.truediv, operator.i
 _DIV_NAMES = ("div", "divide", "true_divide", "__truediv__", "div_", "__itruediv__")
 _MASKED_FILL = (torch.masked_fill, "masked_fill", "masked_fill_")
 _WHERE = (torch.where, "where")
-_SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, "softmax")
+_SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, "softmax", "_softmax", "_safe_softmax")
 _TRANSPOSE = (torch.transpose, torch.swapaxes, "transpose", "swapaxes", "swapdims")
 _PERMUTE = (torch.permute, "permute")
 _UNSQUEEZE = (torch.unsqueeze, "unsqueeze")
 _GETITEM = (operator.getitem, "__getitem__")
-_EXPAND = ("expand",)
+_EXPAND = ("expand", "broadcast_to", torch.broadcast_to)
 _RESHAPE = (torch.reshape, torch.flatten, torch.unflatten)
-_RESHAPE_NAMES = ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as")
+_RESHAPE_NAMES = ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view", "view_copy")
 _DROPOUT = (F.dropout, torch.dropout, "dropout")
-_CAST = ("to", "float", "half", "bfloat16", "double", "type", "type_as")
-_SAME = ("contiguous", "clone", "detach", torch.clone, torch.detach)
+_CAST = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy")
+_SAME = ("contiguous", "clone", "detach", "alias", "lift_fresh_copy", torch.clone, torch.detach)
+_SWAPS = ("mT", "mH", "adjoint", torch.adjoint)
+_ALL_SWAPS = ("T", "H", "numpy_T", "matrix_H", "t", torch.t)
+"""Of tensors of two dimensions. Of others ``T`` turns all of them around."""
 _SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+
+_FLASH = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math",
+)
+"""SDPA's kernels, called by name: tuples whose first part is the output."""
+_KERNELS = (
+    *("_flash_attention_forward", "_efficient_attention_forward", "_cudnn_attention_forward"),
+    "_scaled_dot_product_attention_math_for_mps",
+)
 
 _NAMES: dict[Any, str] = {}
 for _name, _targets in {
@@ -110,11 +129,14 @@ for _name, _targets in {
     "masked_fill": _MASKED_FILL,
     "cat": (torch.cat, torch.concat, torch.concatenate),
     "softmax": _SOFTMAX,
-    "log_softmax": (F.log_softmax, torch.log_softmax, torch.special.log_softmax, "log_softmax"),
+    "log_softmax": (F.log_softmax, torch.log_softmax, torch.special.log_softmax, "log_softmax", "_log_softmax"),
     "logsumexp": (torch.logsumexp, torch.special.logsumexp, "logsumexp"),
     "exp": (torch.exp, "exp", "exp_"),
     "sum": (torch.sum, "sum"),
     "transpose": _TRANSPOSE,
+    "swap": _SWAPS,
+    "turn": _ALL_SWAPS,
+    "slice": ("slice",),
     "permute": _PERMUTE,
     "unsqueeze": _UNSQUEEZE,
     "squeeze": (torch.squeeze, "squeeze"),
@@ -125,11 +147,49 @@ for _name, _targets in {
     "cast": _CAST,
     "same": _SAME,
     "sdpa": _SDPA,
+    "sdpa_kernel": _FLASH,
+    "attention_kernel": _KERNELS,
     "multi_head_attention": (F.multi_head_attention_forward,),
     "flex_attention": (torch.ops.higher_order.flex_attention,),
     "native_attention": (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd),
 }.items():
     _NAMES.update(dict.fromkeys(_targets, _name))
+
+
+@functools.cache
+def _aten(target: Any) -> Any:
+    """What an ATen operation is in the spelling of models: the function of torch, or the name of the method."""
+    name = (target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target).__name__
+    if name == "scaled_dot_product_attention":
+        return F.scaled_dot_product_attention
+    for module in (torch, F):
+        if not name.startswith("_") and callable(function := getattr(module, name, None)):
+            return function
+    return name
+
+
+def called(node: fx.Node) -> Any:
+    """What a node calls, as the tables have it: a function, or the name of a method or of a tensor's attribute.
+
+    ``torch.ops.aten.softmax.int`` is ``torch.softmax``: exported programs are written so.
+    """
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and "aten::" in str(
+        _schema_name(target)
+    ):
+        return _aten(target)
+    return node.args[1] if target is getattr and node.args[1] in (*_SWAPS, *_ALL_SWAPS) else target
+
+
+def _schema_name(target: Any) -> str:
+    name = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+    return str(name)
+
+
+def called_name(node: fx.Node) -> str:
+    """``called`` by its name."""
+    target = called(node)
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 
 
 def value(node: Operand) -> Any:
@@ -143,6 +203,9 @@ def is_scalar(operand: Operand) -> bool:
     return isinstance(held, int | float | torch.SymInt | torch.SymFloat) and not isinstance(held, bool)
 
 
+METADATA_CHECK = "_assert_tensor_metadata"
+"""Reads the type of a tensor that an exported program casts, and none of its values."""
+
 _INPLACE = "add sub mul truediv floordiv mod pow matmul concat lshift rshift and or xor"
 _INPLACE_OPERATORS = frozenset({"setitem", "delitem"} | {f"i{name}" for name in _INPLACE.split()})
 
@@ -154,6 +217,8 @@ def mutates(node: fx.Node) -> bool:
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     if node.op != "call_function":
         return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
     name = getattr(node.target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in _INPLACE_OPERATORS or node.kwargs.get("out") is not None
@@ -258,6 +323,14 @@ def _transpose(node: fx.Node) -> Op:
     return Op("transpose", (source,), (("dims", tuple(sorted(axes))),))
 
 
+def _expand(node: fx.Node) -> Op:
+    source = node.args[0] if node.args else node.kwargs["input"]
+    before, after = value(source), value(node)
+    both = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    same = both and list(map(str, before.shape)) == list(map(str, after.shape))
+    return Op(IDENTITY if same else "expand", (source,) if same else tuple(node.all_input_nodes))
+
+
 def _permute(node: fx.Node) -> Op:
     source = node.args[0]
     order: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
@@ -269,6 +342,28 @@ def _permute(node: fx.Node) -> Op:
         if len(moved) == 2:
             return Op("transpose", (source,), (("dims", tuple(sorted(axis - rank for axis in moved))),))
     return Op("permute", (source,), (("dims", tuple(dims)),))
+
+
+def _swap(node: fx.Node) -> Op:
+    source, rank = node.args[0], _rank(node.args[0])
+    held = value(source)
+    plain = rank == 2 or ((rank is None or rank > 2) and called(node) in _SWAPS)
+    if not plain or (isinstance(held, torch.Tensor) and held.is_complex()):
+        return _opaque(node)
+    return Op("transpose", (source,), (("dims", (-2, -1)),))
+
+
+def _slice(node: fx.Node) -> Op:
+    """ATen's ``x[.., start:end:step]`` in one dimension; programs are full of those that keep everything."""
+    source, before, after = node.args[0], value(node.args[0]), value(node)
+    whole = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    dim = _argument(node, 1, "dim", 0)
+    if whole and _argument(node, 4, "step", 1) == 1 and str(before.shape[dim]) == str(after.shape[dim]):
+        return Op(IDENTITY, (source,))
+    bounds = (("start", _argument(node, 2, "start")), ("end", _argument(node, 3, "end")))
+    return Op(
+        "slice", (source,), (("dim", _axis(dim, _rank(source))), *bounds, ("step", _argument(node, 4, "step", 1)))
+    )
 
 
 def _dropout(node: fx.Node) -> Op:
@@ -292,11 +387,13 @@ def _floating(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def _opaque(node: fx.Node) -> Op:
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return Op(f"{node.op}:{target}", tuple(node.all_input_nodes))
+    return Op(f"{node.op}:{called_name(node)}", tuple(node.all_input_nodes))
 
 
 _BUILDERS: dict[str, Callable[[fx.Node], Op]] = {
+    "swap": _swap,
+    "turn": _swap,
+    "slice": _slice,
     "matmul": lambda node: Op("matmul", (_argument(node, 0, "input"), _argument(node, 1, "other"))),
     "baddbmm": _baddbmm,
     "einsum": _einsum,
@@ -316,6 +413,7 @@ _BUILDERS: dict[str, Callable[[fx.Node], Op]] = {
     "sum": _reduced("sum"),
     "transpose": _transpose,
     "permute": _permute,
+    "expand": _expand,
     "dropout": _dropout,
     "cast": _cast,
     "same": lambda node: Op(IDENTITY, (node.args[0],)),
@@ -328,9 +426,7 @@ def canonical_op(node: fx.Node) -> Op:
         return Op("placeholder", ())
     if node.op not in ("call_function", "call_method"):
         return _opaque(node)
-    if node.op == "call_function" and node.target is getattr and len(node.args) == 2 and node.args[1] in ("mT", "T"):
-        return Op("transpose", (node.args[0],), (("dims", (-2, -1)),)) if node.args[1] == "mT" else _opaque(node)
-    name = _NAMES.get(node.target)
+    name = _NAMES.get(called(node))
     if name is None:
         return _opaque(node)
     builder = _BUILDERS.get(name)
@@ -384,7 +480,7 @@ class CanonicalGraph:
                 self.writes.append(node)
                 op = self._write(node, op)
             op = Op(op.name, tuple(self._now(operand) for operand in op.operands), op.params)
-            self.ops[node] = self._softmax_written_out(node, op) if op.name in ("exp", "div") else op
+            self.ops[node] = self._softmax_written_out(node, op) if op.name in ("exp", "div", "where") else op
             if node in self.read_writes:
                 memory = self._memory_of(node.args[0])
                 self._memory[node] = memory
@@ -424,8 +520,11 @@ class CanonicalGraph:
     def _softmax_written_out(self, node: fx.Node, op: Op) -> Op:
         """``exp(x - logsumexp(x))``, ``exp(log_softmax(x))`` and ``exp(x) / sum(exp(x))``, which are softmax(x).
 
-        The sums keep their dimension. Anything else stays what it is.
+        The sums keep their dimension. So is a softmax with 0 for the rows that are -inf throughout, as SDPA decomposes.
+        Anything else stays what it is.
         """
+        if op.name == "where":
+            return self._safe_softmax(node, op)
         found = [self.resolve(operand) for operand in op.operands]
         above = [self.ops[one] if isinstance(one, fx.Node) else None for one in found]
         if op.name == "exp" and above[0] is not None:
@@ -439,6 +538,29 @@ class CanonicalGraph:
         if weights and self._reduces(found[1], "sum", found[0]):
             return self._composed(node, self.ops[found[1]], self.ops[found[0]].operands[0], found[0], found[1])
         return op
+
+    def _safe_softmax(self, node: fx.Node, op: Op) -> Op:
+        """``where(~(x != -inf).any(-1), 0, softmax(x))``."""
+        weights, parts = self.resolve(op.operands[2]), [self.resolve(op.operands[0])]
+        inner = self.ops.get(weights) if isinstance(weights, fx.Node) else None
+        if inner is None or inner.name != "softmax":
+            return op
+        for name in ("logical_not", "any", "logical_not", "eq"):
+            if not isinstance(parts[-1], fx.Node) or called_name(parts[-1]) != name:
+                return op
+            parts.append(self.resolve(parts[-1].args[0]))
+        scores, (kept, hidden) = self.resolve(inner.operands[0]), (parts[1], parts[3])
+        zeros = op.operands[1]
+        zero = (
+            isinstance(zeros, fx.Node)
+            and called_name(zeros) in ("full_like", "zeros_like")
+            and 0 in (zeros.args[1:] or (0,))
+        )
+        by_row = tuple(kept.args[1:]) in ((-1, True), ((_rank(kept.args[0]) or 0) - 1, True))
+        if parts[4] is not scores or hidden.args[1] != -math.inf or not zero or not by_row:
+            return op
+        self.ops[weights] = Op("softmax_of_rows", inner.operands, inner.params)
+        return self._composed(node, inner, scores, weights, *parts[:4])
 
     def _reduces(self, node: Operand, name: str, source: Operand) -> bool:
         """Whether ``node`` reduces ``source`` by the operation ``name``."""
@@ -472,10 +594,10 @@ class CanonicalGraph:
 
 def _values_read(node: fx.Node) -> list[fx.Node]:
     """The inputs of a node whose values it reads, not only their shapes or types."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called_name(node)
     if node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim"):
         return []
-    if name in _SHAPES:
+    if name in _SHAPES or name == METADATA_CHECK:
         return []
     return node.all_input_nodes[:1] if name in _SHAPE_READERS else node.all_input_nodes
 

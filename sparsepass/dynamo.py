@@ -180,6 +180,19 @@ def can_guard(length: int | torch.SymInt) -> bool:
     return not (length.node.expr.free_symbols & _fixed_range_symbols(length.node.shape_env))
 
 
+def can_fix(size: int | torch.SymInt) -> bool:
+    """Whether a graph may be guarded to this one size: not an unbacked one, nor one that the user marked dynamic."""
+    if isinstance(size, int):
+        return True
+    return can_guard(size) and not (size.node.expr.free_symbols & _marked_symbols(size.node.shape_env))
+
+
+def fix(sizes: Iterable[int | torch.SymInt]) -> None:
+    """Guard that each of these sizes is what it is in this call."""
+    for size in sizes:
+        int(size)
+
+
 def holds(condition: Any) -> bool:
     """Whether a condition on sizes is true whatever the sizes are. Installs no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -252,6 +265,15 @@ def guard_range(length: torch.SymInt, low: int, high: int | None) -> tuple[str, 
 def _fixed_range_symbols(shape_env: Any) -> set[Any]:
     from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 
+    return _constrained_symbols(shape_env, lambda given: isinstance(given, StrictMinMaxConstraint))
+
+
+def _marked_symbols(shape_env: Any) -> set[Any]:
+    """Sizes of which Dynamo must not become sure: ``mark_dynamic``."""
+    return _constrained_symbols(shape_env, lambda given: given is not None and not given.warn_only)
+
+
+def _constrained_symbols(shape_env: Any, wanted: Callable[[Any], bool]) -> set[Any]:
     fixed: set[Any] = set()
     for tracked in shape_env.tracked_fakes or ():
         constraints = getattr(getattr(tracked, "symbolic_context", None), "constraint_sizes", None)
@@ -259,7 +281,7 @@ def _fixed_range_symbols(shape_env: Any) -> set[Any]:
             continue
         for dim, constraint in enumerate(constraints):
             size = tracked.fake.shape[dim]
-            if isinstance(constraint, StrictMinMaxConstraint) and isinstance(size, torch.SymInt):
+            if wanted(constraint) and isinstance(size, torch.SymInt):
                 fixed |= size.node.expr.free_symbols
     return fixed
 

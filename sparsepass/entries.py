@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparsepass import watch
+from sparsepass import dynamo, watch
 from sparsepass.canon import value
 from sparsepass.crossover import Verdict, full_wins, sparse_wins
 from sparsepass.hints import current_hint
 from sparsepass.kernels.support import why_not
 from sparsepass.mask import MaskTerms
+from sparsepass.match import same_size
 from sparsepass.methods import decode_budget, encode_budget, make_method
 from sparsepass.methods.rows import is_row_text
 from sparsepass.policy import Policy
@@ -71,8 +72,16 @@ def refusal(found: FoundSite) -> Skip | None:
         return Skip("gradients are needed here; run under torch.no_grad() or torch.inference_mode()")
     if isinstance(found.terms, Skip):
         return found.terms
-    if site.kv_heads == 0 or site.heads % site.kv_heads:
-        return Skip(f"{site.heads} query heads are no multiple of {site.kv_heads} key/value heads")
+    heads, kv_heads = found.query_shape[1], found.key_shape[1]
+    if same_size(kv_heads, 0) or not _is_multiple(heads, kv_heads):
+        known = (
+            "are no multiple"
+            if isinstance(heads, int) and isinstance(kv_heads, int)
+            else "are not known to be a multiple"
+        )
+        return Skip(f"{heads} query heads {known} of {kv_heads} key/value heads")
+    if not all(dynamo.can_fix(size) for size in found.head_sizes):
+        return Skip("the head size is marked as dynamic, and the kernels are made for one; mark it static")
     reason = why_not(torch.device(site.device), getattr(torch, site.dtype), site.head_dim, site.v_head_dim)
     return Skip(reason) if reason else None
 
@@ -80,7 +89,7 @@ def refusal(found: FoundSite) -> Skip | None:
 def entry_for(found: FoundSite, task: TaskClass, bucket: LengthBucket | None, settings: Settings) -> PlanEntry:
     if bucket is None:
         return _entry_by_length(found, task, settings)
-    budget = settings.policy.site_budget(task, bucket, found.layer, found.site.heads)
+    budget = settings.policy.site_budget(task, bucket, found.layer, _heads(found))
     if budget.dense:
         reason = "the hint is dense" if task is TaskClass.DENSE else f"the policy is dense for {task} at {bucket}"
         return exact_entry(found, reason, bucket)
@@ -93,7 +102,17 @@ def entry_for(found: FoundSite, task: TaskClass, bucket: LengthBucket | None, se
 
 def policy_budgets(found: FoundSite, bucket: LengthBucket, settings: Settings) -> tuple[Budget, ...]:
     """What the policy gives each class, in the order of ``TASKS``, whether it pays or not."""
-    return tuple(settings.policy.site_budget(task, bucket, found.layer, found.site.heads) for task in TASKS)
+    return tuple(settings.policy.site_budget(task, bucket, found.layer, _heads(found)) for task in TASKS)
+
+
+def _is_multiple(size: int | torch.SymInt, of: int | torch.SymInt) -> bool:
+    rest: int | torch.SymInt = size % of  # type: ignore[operator]  # one may be a symbol, the other not
+    return same_size(rest, 0)
+
+
+def _heads(found: FoundSite) -> int | None:
+    """Query heads of a site; None where their number is dynamic, which no rule of a policy may turn into a guard."""
+    return found.site.heads if isinstance(found.site.heads, int) else None
 
 
 def entry_of_text(found: FoundSite, text: str, reason: str) -> PlanEntry:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx
 
+from sparsepass.canon import called, called_name
+
 _IN_PLACE_OPERATORS = (
     operator.iadd,
     operator.iand,
@@ -41,7 +43,7 @@ _FRESH = frozenset(
 
 
 def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+    return called_name(node)
 
 
 def _is_fresh(node: fx.Node) -> bool:
@@ -68,7 +70,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
         if "wrap" not in name and "checkpoint" not in name:
             yield from operands
-    elif isinstance(node.target, torch._ops.OpOverloadPacket):
+    elif isinstance(node.target, torch._ops.OpOverloadPacket) and called(node) is node.target:
         yield from operands
     elif (
         node.target in _IN_PLACE_OPERATORS

@@ -16,6 +16,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
+from sparsepass.canon import called, called_name
 from sparsepass.mask_ir import Bool, Choice, Int, Logic, Pred, Prover, Unknown, Value, expr_of
 from sparsepass.mask_values import COMPARISONS, NotExact, arithmetic, cast, compare, select, truth
 
@@ -73,8 +74,7 @@ def title(node: fx.Node) -> str:
     """How a message names the operation of ``node``."""
     if node.op == "placeholder":
         return f"the graph input '{node.name}'"
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"'{target}' (node '{node.name}')"
+    return f"'{called_name(node)}' (node '{node.name}')"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class MaskReader:
     def _read(self, node: fx.Node, index: Index) -> Value:
         if self._reads[node] > READS_PER_NODE:
             return self.leaf(node, index, f"{title(node)} is read at too many different positions")
-        handler = HANDLERS.get(node.target) if node.op in ("call_function", "call_method") else None
+        handler = HANDLERS.get(called(node)) if node.op in ("call_function", "call_method") else None
         if handler is None:
             why = "is computed outside of this graph" if node.op == "placeholder" else "is not understood"
             return self.leaf(node, index, f"{title(node)} {why}")
@@ -307,7 +307,7 @@ handles("logical_or")(_connective("or", logical=True))
 @handles("invert", "inv", "__invert__", "bitwise_not", "logical_not")
 def _negation(reader: MaskReader, node: fx.Node, index: Index) -> Value:
     source = argument(node, 0, "input")
-    logical = getattr(node.target, "__name__", node.target) == "logical_not"
+    logical = called_name(node) == "logical_not"
     if not logical and reader.tensor(source).dtype is not torch.bool:
         raise NotExact("combines the bits of integers")
     return Bool(reader.logic.negate(truth(reader.read(source, index), reader.logic)))
@@ -384,8 +384,22 @@ def _as(reader: MaskReader, operand: object, index: Index, sizes: Index, dtype: 
     return cast(value, source, dtype, reader.logic)
 
 
-_CASTS = ("to", "type", "type_as", "bool", "float", "double", "half", "bfloat16", "int", "long", "cuda", "cpu")
-_SAME = ("contiguous", "clone", "detach", "alias")
+_CASTS = (
+    "to",
+    "_to_copy",
+    "type",
+    "type_as",
+    "bool",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "int",
+    "long",
+    "cuda",
+    "cpu",
+)
+_SAME = ("contiguous", "clone", "detach", "alias", "lift_fresh_copy")
 
 
 @handles(*_CASTS, *_SAME)

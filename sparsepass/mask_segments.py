@@ -8,6 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import fx
 
+from sparsepass.canon import called
 from sparsepass.mask_ir import Int, Opaque
 from sparsepass.mask_read import MaskReader, argument, scalar, tensor_of
 
@@ -40,7 +41,7 @@ def numbers_runs_of(ids: Opaque, positions: Opaque, reader: MaskReader) -> bool:
 
 
 def _calls(node: object, targets: tuple[object, ...]) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and called(node) in targets
 
 
 def _wide(node: object) -> TypeGuard[fx.Node]:

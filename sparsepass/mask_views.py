@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import builtins
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
+from sparsepass.canon import called_name
 from sparsepass.mask_ir import Bool, Choice, Int, Value
 from sparsepass.mask_read import (
-    HANDLERS,
     ZERO,
     Handler,
     Index,
@@ -111,9 +110,13 @@ def _transpose(reader: MaskReader, node: fx.Node, index: Index) -> Value:
     return _permuted(reader, node, index, order)
 
 
-@handles("t")
+@handles("mT", "mH", "adjoint", "T", "H", "t", "numpy_T", "matrix_H")
 def _matrix_transpose(reader: MaskReader, node: fx.Node, index: Index) -> Value:
-    return _permuted(reader, node, index, list(range(len(index)))[::-1])
+    order = list(range(len(index)))
+    if len(order) < 2 or (len(order) > 2 and called_name(node) not in ("mT", "mH", "adjoint")):
+        raise NotExact("turns other than two dimensions around")
+    order[-1], order[-2] = order[-2], order[-1]
+    return _permuted(reader, node, index, order)
 
 
 @handles("permute")
@@ -124,25 +127,40 @@ def _permute(reader: MaskReader, node: fx.Node, index: Index) -> Value:
     return _permuted(reader, node, index, [reader.dimension(dim, len(index)) for dim in dims])
 
 
-def _attribute(reader: MaskReader, node: fx.Node, index: Index) -> Value:
-    order, name = list(range(len(index))), argument(node, 1, "name")
-    if name not in ("T", "mT") or len(order) < 2 or (name == "T" and len(order) > 2):
-        raise NotExact(f"takes the attribute {name!r}")
-    order[-1], order[-2] = order[-2], order[-1]
-    return _permuted(reader, node, index, order)
-
-
-HANDLERS[builtins.getattr] = _attribute
-
-
 # Indexing
 
 
 @handles("getitem", "__getitem__")
 def _getitem(reader: MaskReader, node: fx.Node, index: Index) -> Value:
+    return _indexed(reader, node, index, node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
+
+
+@handles("slice")
+def _slice(reader: MaskReader, node: fx.Node, index: Index) -> Value:
+    start, end, step = (argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step")))
+    return _along(reader, node, index, slice(start, end, step))
+
+
+@handles("select")
+def _select(reader: MaskReader, node: fx.Node, index: Index) -> Value:
+    return _along(reader, node, index, argument(node, 2, "index"))
+
+
+def _along(reader: MaskReader, node: fx.Node, index: Index, item: Any) -> Value:
+    dim = reader.dimension(argument(node, 1, "dim", 0), len(reader.sizes(node.args[0])))
+    return _indexed(reader, node, index, (*[slice(None)] * dim, item))
+
+
+@handles("index")
+def _index(reader: MaskReader, node: fx.Node, index: Index) -> Value:
+    """ATen's indexing with tensors, None for a whole dimension."""
+    items: Any = node.args[1]
+    return _indexed(reader, node, index, tuple(slice(None) if item is None else item for item in items))
+
+
+def _indexed(reader: MaskReader, node: fx.Node, index: Index, items: tuple[Any, ...]) -> Value:
     source = node.args[0]
     before, after = reader.sizes(source), reader.sizes(node)
-    items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     items = _without_ellipsis(items, len(before))
     tensors = [item for item in items if tensor_of(item) is not None]
     if tensors and any(scalar(item) is not None for item in items):

@@ -52,12 +52,13 @@ class Attention:
     key: Operand
     value: Operand
     output: fx.Node
-    scale: float | fx.Node | None
-    """``None`` stands for 1/sqrt(D)."""
+    scale: Operand
+    """A number, or what yields one; ``None`` stands for 1/sqrt(D)."""
     masks: tuple[Term, ...] = ()
     is_causal: bool = False
-    dropout_p: float = 0.0
-    softcap: float | None = None
+    dropout_p: Operand = 0.0
+    softcap: Operand = None
+    """A number, or what yields one; ``None`` for none."""
     sinks: Operand | None = None
     """A float tensor [H], or [B or 1, H or 1, Sq or 1]: logits that join each row's softmax and have no value."""
     restore: tuple[tuple[Any, ...], ...] = ()

@@ -33,13 +33,13 @@ from sparsepass.types import UNBOUNDED
 _library = torch.library.Library("sparsepass", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
-    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float softcap=0.0,"
+    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float? softcap=None,"
     " Tensor? slopes=None, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None) -> Tensor",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 _library.define(
     "watched_attention(Tensor query, Tensor key, Tensor value, Tensor? q_segments, Tensor? kv_segments, float scale,"
-    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float softcap=0.0,"
+    " int left, int right, bool bottom_right, str budget, int slot, Tensor? rows=None, float? softcap=None,"
     " Tensor? slopes=None, Tensor? bias=None, Tensor? mask=None, Tensor? sinks=None, *, int sampled)"
     " -> (Tensor, Tensor)",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
@@ -62,7 +62,7 @@ def _attention(
     budget: str,
     slot: int,
     rows: torch.Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
@@ -71,7 +71,7 @@ def _attention(
     """Attention over the blocks that ``budget`` selects.
 
     query [B, H, Sq, D], key [B, Hkv, Skv, D] and value [B, Hkv, Skv, Dv] of one dtype (fp16, bf16, fp32), any strides;
-    segments int32 [B, Sq] and [B, Skv]. ``softcap`` (0: none) to ``sinks``: the fields of ``kernels.scores.Scores``.
+    segments int32 [B, Sq] and [B, Skv]. ``softcap`` to ``sinks``: the fields of ``kernels.scores.Scores``.
     ``budget``: a method's text form, or that of ``RowBudgets``, from which ``rows`` picks (class numbers int32 [B], the
     places in ``TASKS``), or a table of these, ``high=text;...;*=text``, from which the real key length picks.
     Returns [B, H, Sq, Dv] laid out as [B, Sq, H, Dv].
@@ -117,7 +117,7 @@ def _attend(
     budget: str,
     slot: int,
     rows: torch.Tensor | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
@@ -128,8 +128,10 @@ def _attend(
     """The output, and where rows are sampled and blocks were left out, what those rows kept."""
     text = text_for(budget, key.shape[2])
     method = method_of(text)
+    if scale < 0:  # a dynamic number: the kernels take those from 0 on
+        query, scale = -query, -scale
     offset = key.shape[2] - query.shape[2] if bottom_right else 0
-    scores = Scores(softcap or None, slopes, bias, mask, sinks)
+    scores = Scores(softcap if softcap is None else abs(softcap), slopes, bias, mask, sinks)
     if method is None and scores.given:  # SDPA has no soft cap and no sinks, and would need a tensor for the rest
         text, method = _FULL.text(), _FULL
     if method is None:
@@ -171,11 +173,14 @@ def _attend(
     return out, kept_mass(query, key, lse, count=sampled, scale=scale, visible=visible, scores=scores)
 
 
-def prepare(text: str, heads: int, device: torch.device) -> None:
-    """Put on the device what the op needs there under a budget text: nothing may be allocated inside a CUDA graph."""
+def prepare(text: str, heads: int | None, device: torch.device) -> None:
+    """Put on the device what the op needs there under a budget text: nothing may be allocated inside a CUDA graph.
+
+    ``heads``: None where their number is known only when the op runs.
+    """
     counters.prepare(device)
     for one in [entry.split("=", 1)[1] for entry in text.split(";")] if ";" in text else [text]:
-        if is_row_text(one):
+        if heads is not None and is_row_text(one):
             dial_table(one, heads, device)
         method = method_of(one)
         if method is not None:

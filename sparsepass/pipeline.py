@@ -220,9 +220,10 @@ def _rewrite(
     entries = plan.current.entries
     if not any(entry.rewritten for entry in entries):
         return gm, 0, AddedInputs(), ()
-    for entry in entries:
+    for found, entry in zip(findings.sites, entries, strict=True):
         if not entry.budget.dense:
-            prepare(budget_text(entry.budget), entry.site.heads, torch.device(entry.site.device))
+            heads = dynamo.hint_value(found.query_shape[1])
+            prepare(budget_text(entry.budget), heads, torch.device(entry.site.device))
     slot = counters.reserve(f"{gm.code}{plan.current.key}", len(entries))
     twin, copies = dynamo.clone(gm)
     rewriter = Rewriter(twin.graph, copies, slot, sampled=plan.sampled)

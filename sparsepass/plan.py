@@ -58,8 +58,11 @@ class GraphPlan:
 
 
 def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
-    """Plan every site for every task class. Installs the length guards; the hint guard is the caller's to install."""
+    """Plan every site for every task class. Installs the guards on sizes; that on the hint is the caller's."""
     refusals = {found.site.index: refusal(found) for found in findings.sites}
+    for found in findings.sites:
+        if refusals[found.site.index] is None:
+            dynamo.fix(found.head_sizes)
     ranges, guards = length_ranges(findings, refusals, settings)
     shown = next((ranges[found.site.index].guarded for found in findings.prefill if found.site.index in ranges), None)
 

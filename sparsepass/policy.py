@@ -137,8 +137,11 @@ class Policy:
         """
         return tuple(self._budget(task, bucket, layer, head, heads) for head in range(heads))
 
-    def site_budget(self, task: TaskClass, bucket: LengthBucket, layer: int | None, heads: int) -> Budget:
-        """One budget for a site of ``heads`` query heads; densities that differ are in its ``head_densities``."""
+    def site_budget(self, task: TaskClass, bucket: LengthBucket, layer: int | None, heads: int | None) -> Budget:
+        """One budget for a site of ``heads`` query heads; densities that differ are in its ``head_densities``.
+
+        An unknown (``None``) number of heads gets the most cautious of what any head gets.
+        """
         return _site_budget(self, task, bucket, layer, heads)
 
     def floor(self, task: TaskClass, bucket: LengthBucket, layer: int | None) -> float | None:
@@ -256,7 +259,9 @@ def _covering(policy: Policy, task: TaskClass, bucket: LengthBucket) -> tuple[Ru
 
 
 @functools.lru_cache(maxsize=4096)
-def _site_budget(policy: Policy, task: TaskClass, bucket: LengthBucket, layer: int | None, heads: int) -> Budget:
+def _site_budget(policy: Policy, task: TaskClass, bucket: LengthBucket, layer: int | None, heads: int | None) -> Budget:
+    if heads is None:
+        return make_method(policy.budget(task, bucket, layer)).uniform().budget()
     return merge_heads(policy.budgets_for_heads(task, bucket, layer, heads))
 
 

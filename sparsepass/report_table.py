@@ -236,7 +236,7 @@ def _hanging(line: str) -> Table:
 
 
 def _heads(site: AttentionSite) -> str:
-    heads = f"GQA {site.heads}/{site.kv_heads}" if site.gqa_group > 1 else f"{site.heads} heads"
+    heads = f"GQA {site.heads}/{site.kv_heads}" if site.grouped else f"{site.heads} heads"
     dim = str(site.head_dim) if site.head_dim == site.v_head_dim else f"{site.head_dim}/{site.v_head_dim}"
     return f"{heads}, d {dim}, {_dtype(site.dtype)}"
 

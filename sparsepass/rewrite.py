@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsepass.canon import Made, Operand, mutates, nodes_of, value
+from sparsepass.canon import METADATA_CHECK, Made, Operand, called_name, mutates, nodes_of, value
 from sparsepass.entries import budget_text, by_row
 from sparsepass.hints import parse_hint_text
 from sparsepass.mask import MaskTerms, is_bool
@@ -76,12 +76,20 @@ class Rewriter:
                     new = self._call(target, new, *(self._node(one) for one in rest))
             new.meta = {**old.meta, "example_value": value(new)}
             old.replace_all_uses_with(new)
+            self._drop_checks(found.attention)
             self.graph.erase_node(old)
             self.nodes[found.attention.output] = new  # a later site may read it
             self.replaced[found.site.name] = new
         if self.masses:
             output = next(iter(reversed(self.graph.nodes)))
             output.args = ((*output.args[0], *self.masses.values()),)
+
+    def _drop_checks(self, attention: Attention) -> None:
+        """An exported program's checks of types would keep alive what is computed no more."""
+        for inside in attention.region - {attention.output}:
+            for user in list(self.nodes[inside].users):
+                if called_name(user) == METADATA_CHECK:
+                    self.graph.erase_node(user)
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call (of a function, or of a method where ``target`` is a name) and record what it yields."""
@@ -117,7 +125,10 @@ class Rewriter:
     def _scale(self, attention: Attention) -> Any:
         if attention.scale is None:
             return default_scale(int(shape(attention.query)[3]))
-        return self.nodes[attention.scale] if isinstance(attention.scale, fx.Node) else float(attention.scale)
+        return self._number(attention.scale)
+
+    def _number(self, given: Operand) -> Any:
+        return float(given) if isinstance(given, int | float) else self._node(given)
 
     def _dense(self, found: FoundSite) -> fx.Node:
         """SDPA without the mask tensor: the dense kernel at dense speed."""
@@ -128,7 +139,7 @@ class Rewriter:
             "dropout_p": 0.0,
             "is_causal": terms.band.causal,
             "scale": self._scale(found.attention),
-            "enable_gqa": found.site.gqa_group > 1,
+            "enable_gqa": found.site.grouped,
         }
         return self._call(F.scaled_dot_product_attention, *self._operands(found.attention), **arguments)
 
@@ -160,7 +171,7 @@ class Rewriter:
         """What happens to the scores besides the recognized mask, as arguments of the op."""
         given: dict[str, Any] = {}
         if attention.softcap is not None:
-            given["softcap"] = float(attention.softcap)
+            given["softcap"] = self._number(attention.softcap)
         if attention.sinks is not None:
             given["sinks"] = self._node(attention.sinks)
         for name, wanted, join in (("mask", True, torch.logical_and), ("bias", False, torch.add)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsepass import dynamo
 from sparsepass.canon import CanonicalGraph, nodes_of, value
 from sparsepass.hints import NODE_KEY
 from sparsepass.made import Maker
@@ -39,6 +40,11 @@ class FoundSite:
     """Where its module hangs, as Dynamo writes it: ``L['self'].layers.7.self_attn``."""
     layer_shared: bool = False
     """Other layers that the policy treats as this one may run the same graph."""
+
+    @property
+    def head_sizes(self) -> tuple[int | torch.SymInt, ...]:
+        """Of queries and keys, and of values; in ``site`` they are those of this call."""
+        return shape(self.attention.query)[3], shape(self.attention.value)[3]
 
     @property
     def query_shape(self) -> tuple[int | torch.SymInt, ...]:
@@ -79,8 +85,8 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) ->
         outcome = _first_match(candidates, view, node, maker)
         if isinstance(outcome, Attention) and (write := _write_inside(view, outcome)) is not None:
             outcome = Skip(f"{write.name!r} writes to memory in the middle of this attention", (write.name,))
-        if isinstance(outcome, Attention) and (few := _too_few(outcome)) is not None:
-            outcome = few
+        if isinstance(outcome, Attention):
+            outcome = _unfit(outcome) or _too_few(outcome) or outcome
         if isinstance(outcome, Attention):
             matched.append(outcome)
         elif isinstance(outcome, Skip) or _looks_like_attention(view, node):
@@ -100,6 +106,23 @@ def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
                 reason = f"inside the higher-order operation {name!r} (checkpointing, for instance), left as it is"
                 skips.append(Skip(reason, (f"{name}.{found.site.name}",)))
     return tuple(skips)
+
+
+def _unfit(attention: Attention) -> Skip | None:
+    """Why the sizes of the operands are none that the kernels take, whatever the budget."""
+    query, key, values = (shape(operand) for operand in attention.operands)
+    name = attention.output.name
+    if any(len(sizes) != 4 for sizes in (query, key, values)):
+        return Skip(f"the graph carries no shapes for query, key or value of {name!r}", (name,))
+    if any(dynamo.hint_value(size) is None for size in (query[3], values[3])):
+        return Skip(f"the head size of {name!r} follows the data, and the kernels are made for one", (name,))
+    shared = ((query[0], key[0]), (query[0], values[0]), (key[1], values[1]))
+    summed = ((key[2], values[2]), (query[3], key[3]))  # of other sizes the model itself would raise an error
+    differ = any(isinstance(one, int) and isinstance(other, int) and one != other for one, other in summed)
+    if not differ and all(same_size(one, other) for one, other in shared):
+        return None
+    sizes = ", ".join(str(list(sizes)) for sizes in (query, key, values))
+    return Skip(f"query, key and value of {name!r} are {sizes}: these are not known to fit each other", (name,))
 
 
 def _too_few(attention: Attention) -> Skip | None:
@@ -204,10 +227,10 @@ def _describe(
         phase=Phase.DECODE if decode else Phase.PREFILL,
         q_len=_size(q_len),
         kv_len=_size(kv_len),
-        heads=int(query[1]),
-        kv_heads=int(key[1]),
-        head_dim=int(query[3]),
-        v_head_dim=int(values[3]),
+        heads=_size(query[1]),
+        kv_heads=_size(key[1]),
+        head_dim=dynamo.hint_value(query[3]) or 0,
+        v_head_dim=dynamo.hint_value(values[3]) or 0,
         dtype=str(held.dtype).removeprefix("torch."),
         device=str(held.device),
         mask=summary,

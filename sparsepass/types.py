@@ -173,8 +173,8 @@ class AttentionSite:
     phase: Phase
     q_len: int | str
     kv_len: int | str
-    heads: int
-    kv_heads: int
+    heads: int | str
+    kv_heads: int | str
     head_dim: int
     v_head_dim: int
     dtype: str
@@ -185,9 +185,9 @@ class AttentionSite:
     """Path of the module it came from, where Dynamo knows it."""
 
     @property
-    def gqa_group(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.heads // self.kv_heads
+    def grouped(self) -> bool:
+        """Whether several query heads share one key/value head."""
+        return self.heads != self.kv_heads
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def test_grouped_query_spellings(repeat: str) -> None:
         return F.scaled_dot_product_attention(q, widen(k), widen(v), is_causal=True)
 
     (site,) = found(grouped, *qkv(kv_heads=2)).sites
-    assert (site.site.heads, site.site.kv_heads, site.site.gqa_group) == (4, 2, 2)
+    assert (site.site.heads, site.site.kv_heads, site.site.grouped) == (4, 2, True)
 
 
 def test_repetition_that_is_not_grouping_stays() -> None:

@@ -63,20 +63,19 @@ class BudgetSwitch:
         """The rewritten graph with every sparse op asking for its budget."""
         twin = _module(graph)
         layers = {graph.slot + found.site.index: found.layer for found in graph.findings.sites}
-        heads = {graph.slot + found.site.index: found.site.heads for found in graph.findings.sites}
         for node in twin.graph.find_nodes(op="call_function", target=SPARSE_ATTENTION):
             slot = int(node.args[_SLOT])  # type: ignore[arg-type]
-            node.target = self._site(layers[slot], heads[slot])
+            node.target = self._site(layers[slot])
         return _without_dead_masks(graph)
 
-    def _site(self, layer: int | None, heads: int) -> Callable[..., torch.Tensor]:
+    def _site(self, layer: int | None) -> Callable[..., torch.Tensor]:
         prepared: set[str] = set()
 
         def switched_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             whole = query.shape[2] == args[0].shape[2]
             text = encode_budget((layer_budget(self.active, layer) if whole else None) or EXACT)
             if text not in prepared:
-                prepare(text, heads, query.device)
+                prepare(text, query.shape[1], query.device)
                 prepared.add(text)
             slot = args[_SLOT - 1] if whole else AFTER_CACHE
             return SPARSE_ATTENTION(query, *args[: _BUDGET - 1], text, slot, *args[_SLOT:], **kwargs)  # type: ignore[no-any-return]
