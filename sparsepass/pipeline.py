@@ -15,16 +15,17 @@ from torch import fx
 
 from sparsepass import counters, crossover, dynamo, record, watch
 from sparsepass import options as options_module
+from sparsepass.callsizes import CallSizes
 from sparsepass.canon import value
 from sparsepass.fingerprint import warn_of_sites
 from sparsepass.hints import current_auto, hint_words
 from sparsepass.inline import written_out
 from sparsepass.ops import prepare
-from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
+from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph
 from sparsepass.rewrite import Rewriter
 from sparsepass.rowinputs import RowSource, check_rows
 from sparsepass.sites import Findings, find_nested, find_sites
-from sparsepass.types import Rows, TaskClass
+from sparsepass.types import PlanEntry, Rows, TaskClass
 from sparsepass.verify import verify
 from sparsepass.watchplan import watched_graph
 
@@ -58,14 +59,15 @@ def backend(
     findings = replace(findings, refused=findings.refused + find_nested(gm))
     warn_of_sites(settings.policy, [found.site for found in findings.prefill])
     plan = plan_graph(findings, settings)
-    rewritten, slot, inputs, sites = _rewrite(gm, findings, plan)
+    rewritten, slots, inputs, sites = _rewrite(gm, findings, plan)
     watched = watched_graph(sites, findings, plan, settings) if sites else None
     if rewritten is gm:
         rewritten = captured
     examples = [*example_inputs, *inputs.examples]
     compiled = dynamo.inductor(rewritten, examples, patches) if use_inductor else rewritten.forward
     hint_guard = None if plan.registry_key is None else dynamo.install_plan_guard(plan.registry_key)
-    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard, inputs.sources, watched)
+    sizes = CallSizes.of(gm.graph, plan, example_inputs)
+    graph = CompiledGraph(compiled, gm, findings, plan, settings, slots, hint_guard, inputs.sources, watched, sizes)
     graph.compile_seconds = time.perf_counter() - started
     record.compiled(graph)
     log.info("%s", graph.summary())
@@ -83,8 +85,9 @@ class AddedInputs:
 class CompiledGraph:
     """A compiled graph with the plan it was compiled for.
 
-    Each call compares the plan wanted now with that plan: a guard that was dropped (``guard_filter_fn``, or a stance
-    that skips guards) is answered by running the captured graph densely, never with the wrong budget. A list of hints
+    Each call compares the plan wanted now with that plan, and its sizes with those that the plan holds for: a guard that
+    was dropped (``guard_filter_fn``, or a stance that skips guards) is answered by running the captured graph densely,
+    never with the wrong budget. A list of hints
     is checked against the rows of the batch, and a mixed graph is given each row's class as a tensor: read at the call,
     not when the graph was compiled or captured.
     """
@@ -96,17 +99,19 @@ class CompiledGraph:
         findings: Findings,
         plan: GraphPlan,
         settings: Settings,
-        slot: int,
+        slots: counters.Slots | None,
         hint_guard: str | None,
         row_sources: Sequence[RowSource] = (),
         watched: watch.WatchedGraph | None = None,
+        sizes: CallSizes | None = None,
     ) -> None:
         self.compiled = compiled
         self.captured = captured
         self.findings = findings
         self.plan = plan
         self.settings = settings
-        self.slot = slot
+        self.slots = slots
+        """Where the counts of its sites are, kept as long as the graph; None where nothing was rewritten."""
         self.guards = (*plan.length_guards, *((f"{hint_guard} == {plan.current.key!r}",) if hint_guard else ()))
         self.compile_seconds = 0.0
         self.runs = 0
@@ -117,7 +122,8 @@ class CompiledGraph:
         """What a monitor is told of this graph, where it samples rows."""
         self._row_sources = tuple(row_sources)
         self._batches = _batch_readers(captured, findings, plan) if plan.registry_key is not None else ()
-        self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
+        self._wanted = None if plan.registered is None else plan.registered.key
+        self._sizes = sizes
         self._warned = False
         devices = () if settings.always_sparse else dict.fromkeys(found.site.device for found in findings.prefill)
         self.measurements = tuple(crossover.provenance(torch.device(device)) for device in devices)
@@ -127,6 +133,8 @@ class CompiledGraph:
         if record.ACTIVE:
             record.ran(self)
         self.runs += 1
+        if self._sizes is not None and (other := self._sizes.other(args)):
+            return self._run_dense(args, other)
         if self._wanted is None:
             return self.compiled(*args, *(source.make(TaskClass.UNKNOWN, args) for source in self._row_sources))
         hint = self.settings.wanted()
@@ -136,8 +144,8 @@ class CompiledGraph:
             for batch in self._batches:
                 check_rows(hint, batch(args))
             self.rows = hint
-        if self._wanted() != self.key:
-            return self._run_dense(args)
+        if (wanted := self._wanted()) != self.key:
+            return self._run_dense(args, f"the hint in force wants {wanted!r}")
         added = [source.make(hint, args) for source in self._row_sources]
         if self.watched is None:
             return self.compiled(*args, *added)
@@ -152,14 +160,13 @@ class CompiledGraph:
             watching.add(self.watched, self.settings.given(), hint, outputs[-count:])
         return outputs[:-count]
 
-    def _run_dense(self, args: tuple[Any, ...]) -> Any:
+    def _run_dense(self, args: tuple[Any, ...], why: str) -> Any:
         if not self._warned:
             self._warned = True
-            assert self._wanted is not None  # the caller compared it
             warnings.warn(
-                f"This graph was compiled for the plan {self.key!r}, but the hint in force wants {self._wanted()!r}: "
-                "its guard was dropped (guard_filter_fn, or a stance that skips guards). It runs dense and "
-                "uncompiled; keep the guards on sparsepass.plan_keys.",
+                f"This graph was compiled for the plan {self.key!r}, but {why}: its guard was dropped (guard_filter_fn, "
+                "or a stance that skips guards). It runs dense and uncompiled; keep the guards on sparsepass.plan_keys "
+                "and on sizes.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -167,14 +174,18 @@ class CompiledGraph:
 
     def counts(self) -> dict[int, counters.Counts]:
         """Counts of what ran so far, by site index. Waits for the device."""
+        if self.slots is None or not self.slots.counted:
+            return {found.site.index: counters.Counts() for found in self.findings.sites}
         return {
-            found.site.index: counters.read(torch.device(found.site.device), self.slot + found.site.index)
+            found.site.index: counters.read(torch.device(found.site.device), self.slots.first + found.site.index)
             for found in self.findings.sites
         }
 
     def kernel(self, site: int) -> str | None:
         """The sparse kernel that ran for a site, if one has."""
-        return counters.kernels.get(self.slot + site)
+        if self.slots is None or not self.slots.counted:
+            return None
+        return counters.kernels.get(self.slots.first + site)
 
     def summary(self) -> str:
         current = self.plan.current
@@ -199,18 +210,17 @@ def _warn_of_auto() -> None:
 
 def _rewrite(
     gm: fx.GraphModule, findings: Findings, plan: GraphPlan
-) -> tuple[fx.GraphModule, int, AddedInputs, tuple[int, ...]]:
-    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the first counter slot of its sites, the
-    inputs that were added, and the sites that sample rows, each of which adds an output at the end."""
+) -> tuple[fx.GraphModule, counters.Slots | None, AddedInputs, tuple[int, ...]]:
+    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the counter slots of its sites, the inputs that were added, and the sites that sample rows, each of which adds an output at the end."""
     entries = plan.current.entries
     if not any(entry.rewritten for entry in entries):
-        return gm, 0, AddedInputs(), ()
+        return gm, None, AddedInputs(), ()
     for entry in entries:
         if not entry.budget.dense:
             prepare(budget_text(entry.budget), entry.site.heads, torch.device(entry.site.device))
-    slot = counters.reserve(f"{gm.code}{plan.current.key}", len(entries))
+    slots = counters.reserve(_content(gm, findings, entries), len(entries))
     twin, copies = dynamo.clone(gm)
-    rewriter = Rewriter(twin.graph, copies, slot, sampled=plan.sampled)
+    rewriter = Rewriter(twin.graph, copies, slots.first, sampled=plan.sampled)
     expected = {found.site.name: value(found.attention.output) for found in findings.sites}
     rewriter.apply(findings.sites, entries)
     verify(gm.graph, twin.graph, rewriter.replaced, expected, [node.name for node in rewriter.rows.values()])
@@ -220,7 +230,16 @@ def _rewrite(
         for given in rewriter.rows
     ]
     added = AddedInputs(tuple(value(node) for node in rewriter.rows.values()), tuple(sources))
-    return twin, slot, added, tuple(rewriter.masses)
+    return twin, slots, added, tuple(rewriter.masses)
+
+
+def _content(gm: fx.GraphModule, findings: Findings, entries: Sequence[PlanEntry]) -> str:
+    """What tells a rewritten graph from others: its code, and each site with its shapes, dtype, device and budget."""
+    sites = [
+        f"{entry.site} {found.query_shape} {found.key_shape} {budget_text(entry.budget)}"
+        for found, entry in zip(findings.sites, entries, strict=True)
+    ]
+    return "\n".join([gm.code, *sites])
 
 
 def _batch_readers(

@@ -18,17 +18,26 @@ from sparsepass.types import TaskClass
 
 def load(path: Path) -> Policy:
     """The policy in a file. Raises ``PolicyError``."""
+    return parse(read(path), str(path))
+
+
+def read(path: Path) -> str:
+    """The text of a policy file. Raises ``PolicyError``."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"The policy file {str(path)!r} cannot be read: {error}.") from error
+
+
+def parse(text: str, path: str) -> Policy:
+    """The policy that the text of a file describes; ``path`` begins each error's text. Raises ``PolicyError``."""
     try:
         data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise PolicyError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from error
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"{path}: {error}") from error
-    return from_json(data, str(path))
+    return from_json(data, path)
 
 
 def from_json(data: Any, where: str) -> Policy:

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "entries",
         "ranges options verify",
         "plan rewrite inline",
-        "watchplan record",
+        "watchplan record callsizes",
         "pipeline",
         "decorator inspection warmup monitor",
         "monitor_table",
