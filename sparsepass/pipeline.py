@@ -85,11 +85,10 @@ class AddedInputs:
 class CompiledGraph:
     """A compiled graph with the plan it was compiled for.
 
-    Each call compares the plan wanted now with that plan, and its sizes with those that the plan holds for: a guard that
-    was dropped (``guard_filter_fn``, or a stance that skips guards) is answered by running the captured graph densely,
-    never with the wrong budget. A list of hints
-    is checked against the rows of the batch, and a mixed graph is given each row's class as a tensor: read at the call,
-    not when the graph was compiled or captured.
+    Each call compares the plan wanted now with that plan, and its sizes with those that the plan holds for: a guard
+    that was dropped (``guard_filter_fn``, or a stance that skips guards) is answered by running the captured graph
+    densely, never with the wrong budget. A list of hints is checked against the rows of the batch, and a mixed graph is
+    given each row's class as a tensor: read at the call, not when the graph was compiled or captured.
     """
 
     def __init__(
@@ -164,9 +163,9 @@ class CompiledGraph:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"This graph was compiled for the plan {self.key!r}, but {why}: its guard was dropped (guard_filter_fn, "
-                "or a stance that skips guards). It runs dense and uncompiled; keep the guards on sparsepass.plan_keys "
-                "and on sizes.",
+                f"This graph was compiled for the plan {self.key!r}, but {why}: its guard was dropped "
+                "(guard_filter_fn, or a stance that skips guards). It runs dense and uncompiled; keep the guards on "
+                "sparsepass.plan_keys and on sizes.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -211,7 +210,8 @@ def _warn_of_auto() -> None:
 def _rewrite(
     gm: fx.GraphModule, findings: Findings, plan: GraphPlan
 ) -> tuple[fx.GraphModule, counters.Slots | None, AddedInputs, tuple[int, ...]]:
-    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the counter slots of its sites, the inputs that were added, and the sites that sample rows, each of which adds an output at the end."""
+    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the counter slots of its sites, the
+    inputs that were added, and the sites that sample rows, each of which adds an output at the end."""
     entries = plan.current.entries
     if not any(entry.rewritten for entry in entries):
         return gm, None, AddedInputs(), ()

@@ -37,7 +37,8 @@ __all__ = ["GraphPlan", "Settings", "budget_text", "plan_graph", "plan_keys"]
 plan_keys: dict[str, Callable[[], str]] = {}
 """What the hint guards call: the key of the plan that the current hint resolves to, per distinct table of plans.
 
-An entry is there as long as a graph that is guarded on it. Part of the package's surface (``sparsepass.plan_keys``) because Dynamo's guards can reach nothing deeper.
+An entry is there as long as a graph that is guarded on it. Part of the package's surface (``sparsepass.plan_keys``)
+because Dynamo's guards can reach nothing deeper.
 """
 
 MIX_DENSE = "the rows' mean density is not expected to pay, or the policy is dense for all of them"

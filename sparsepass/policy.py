@@ -287,7 +287,8 @@ def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Poli
     """The policy that an option names: a ``Policy``, the path of a file, ``"prior"`` or ``"published"``.
 
     ``None``: the file that the environment variable ``SPARSEPASS_POLICY`` names, else the prior. A file is read each
-    time, since its time of change may say nothing, and parsed again only if its text is another. Raises ``PolicyError``.
+    time, since its time of change may say nothing, and parsed again only if its text is another. Raises
+    ``PolicyError``.
     """
     from sparsepass import policy_file  # not at import: checking a file needs jsonschema
 
