@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,25 @@ def tuning_json(file: Path) -> Any:
             f"{TUNING_ENV} names {quoted_path(file)}, which cannot be read ({reason}); name a file that "
             "sparsepass tune wrote, 'off', or unset it."
         ) from error
-    return _read(os.path.abspath(file), stat.st_mtime_ns, stat.st_size)
+    return _read(os.path.abspath(file), _stamp(file, stat))
+
+
+SETTLED_NS = 2_000_000_000
+"""Nanoseconds after a change of a file within which another one may leave the same time."""
+
+
+def _stamp(file: Path, stat: os.stat_result) -> tuple[int | bytes, ...]:
+    """What differs where the content does. Its time of change alone does not: copies keep it, clocks are coarse."""
+    settled = time.time_ns() - max(stat.st_ctime_ns, stat.st_mtime_ns) > SETTLED_NS
+    try:
+        content = b"" if settled else file.read_bytes()
+    except OSError:
+        content = b""  # then it cannot be parsed either, which says why
+    return stat.st_dev, stat.st_ino, stat.st_ctime_ns, stat.st_mtime_ns, stat.st_size, content
 
 
 @functools.lru_cache(maxsize=16)
-def _read(path: str, modified_ns: int, size: int) -> Any:
+def _read(path: str, stamp: tuple[int | bytes, ...]) -> Any:
     return read_json(path, "tuning file", OptionError)
 
 

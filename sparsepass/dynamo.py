@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,6 +57,25 @@ def raise_recompile_limit() -> None:
     if entry.default < RECOMPILE_LIMIT:
         log.debug("raising torch._dynamo.config.recompile_limit from %d to %d", entry.default, RECOMPILE_LIMIT)
         entry.default = RECOMPILE_LIMIT
+
+
+def traced_by_running() -> bool:
+    """Whether what runs now in this thread is traced: by ``torch.export`` or ``make_fx``, which run the code itself."""
+    tensors = sys.modules.get("torch.fx.experimental.proxy_tensor")  # who traces has imported it
+    return tensors is not None and tensors.get_proxy_mode() is not None
+
+
+@contextlib.contextmanager
+def annotated(notes: dict[str, str]) -> Iterator[None]:
+    """Nodes traced inside, by running, carry these notes in ``meta["custom"]``.
+
+    Torch keeps the notes in force for the whole process. The lock that Dynamo traces under is held meanwhile, so that
+    the graph of another thread does not get them.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock, torch.fx.traceback.preserve_node_meta(), torch.fx.traceback.annotate(notes):
+        yield
 
 
 def install_plan_guard(registry_key: str) -> str:

@@ -11,6 +11,7 @@ A batch of different requests has a hint per row: a sequence of hints, in force 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -213,6 +214,27 @@ class _EagerScope:
         return f"sparsepass.task({_given(self.hint)!r})"
 
 
+class _TracedScope(_EagerScope):
+    """Holds a hint over a block of code that is traced as it runs, and annotates the nodes traced in it."""
+
+    def __init__(self, hint: TaskClass | Rows) -> None:
+        super().__init__(hint)
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> TaskClass | Rows:
+        from sparsepass import dynamo
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(dynamo.annotated({NODE_KEY: hint_text(self.hint)}))
+            hint = super().__enter__()
+            self._entered.append(stack.pop_all())
+        return hint
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._entered.pop().close()
+
+
 class _AutoScope(_EagerScope):
     """Holds ``auto`` over a block, bounded by ``at_most`` or else by the hint around it."""
 
@@ -281,20 +303,33 @@ def task(hint: Hints, *, at_most: Hints = None) -> TaskScope:
     auto = isinstance(hint, str) and str(hint) == AUTO
     if at_most is not None and not auto:
         raise HintError(f"at_most={shown(at_most)} is given beside the hint {shown(hint)}; it bounds 'auto' alone.")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # folded while Dynamo reads this code, whatever other threads do
         if auto:
-            raise HintError("The hint 'auto' is given inside a compiled region; enter it around the call of the model.")
-        traced: TaskScope = _traced_scope(hint_text(resolve_hints(hint)))
-        return traced
+            raise HintError(_AUTO_TRACED)
+        traced: Any = torch.fx.traceback.annotate({NODE_KEY: hint_text(resolve_hints(hint))})
+        return traced  # type: ignore[no-any-return]
     if auto:
+        if being_traced():
+            raise HintError(_AUTO_TRACED)
         return _AutoScope(None if at_most is None else resolve_hints(at_most))
-    return _EagerScope(resolve_hints(hint))
+    return _TracedScope(resolve_hints(hint)) if being_traced() else _EagerScope(resolve_hints(hint))
 
 
-def _traced_scope(text: str) -> Any:
+_AUTO_TRACED = "The hint 'auto' is given inside a compiled region; enter it around the call of the model."
+
+
+def being_traced() -> bool:
+    """Whether the code that asks is being traced: by Dynamo, or as it runs (``torch.export``, ``make_fx``).
+
+    Not ``torch.compiler.is_compiling()``, which is true in every thread while one of them compiles.
+    """
     import torch
 
-    return torch.fx.traceback.annotate({NODE_KEY: text})
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    from sparsepass import dynamo
+
+    return dynamo.traced_by_running()
 
 
 def _given(resolved: TaskClass | Rows) -> str | list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import inspect
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -120,6 +119,8 @@ def graph_report(index: int, graph: CompiledGraph, before: dict[int, Counts], ru
     if graph.plan.registry_key is None and sites:
         why = "every task class gets the same plan" if graph.findings.prefill else "decode sites stay dense"
         notes.append(f"No hint guard: {why}.")
+    if graph.slots is not None and not graph.slots.counted:
+        notes.append("Nothing was counted here: the table of counters is full of graphs that are still in use.")
     notes += [*_layer_notes(graph), *graph.measurements]
     return GraphReport(
         index=index,

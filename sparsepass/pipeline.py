@@ -15,6 +15,7 @@ from torch import fx
 
 from sparsepass import counters, crossover, dynamo, record, watch
 from sparsepass import options as options_module
+from sparsepass.callsizes import CallSizes
 from sparsepass.canon import value
 from sparsepass.elsewhere import Elsewhere, attention_module
 from sparsepass.fingerprint import warn_of_sites
@@ -22,11 +23,11 @@ from sparsepass.hints import current_auto, hint_words
 from sparsepass.inline import written_out
 from sparsepass.layer_numbers import number_layers
 from sparsepass.ops import prepare
-from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph, plan_keys
+from sparsepass.plan import GraphPlan, Settings, budget_text, plan_graph
 from sparsepass.rewrite import Rewriter
 from sparsepass.rowinputs import RowSource, check_rows
 from sparsepass.sites import Findings, find_nested, find_sites
-from sparsepass.types import Rows, TaskClass
+from sparsepass.types import PlanEntry, Rows, TaskClass
 from sparsepass.verify import verify
 from sparsepass.versions import warn_of_untested
 from sparsepass.watchplan import watched_graph
@@ -63,14 +64,17 @@ def backend(
     findings, layers = number_layers(findings, settings.policy)
     warn_of_sites(settings.policy, [found.site for found in findings.prefill])
     plan = plan_graph(findings, settings)
-    rewritten, slot, inputs, sites = _rewrite(gm, findings, plan)
+    rewritten, slots, inputs, sites = _rewrite(gm, findings, plan)
     watched = watched_graph(sites, findings, plan, settings) if sites else None
     if rewritten is gm:
         rewritten = captured
     examples = [*example_inputs, *inputs.examples]
     compiled = dynamo.inductor(rewritten, examples, patches) if use_inductor else rewritten.forward
     hint_guard = None if plan.registry_key is None else dynamo.install_plan_guard(plan.registry_key)
-    graph = CompiledGraph(compiled, gm, findings, plan, settings, slot, hint_guard, inputs.sources, watched, layers)
+    sizes = CallSizes.of(gm.graph, plan, example_inputs)
+    graph = CompiledGraph(
+        compiled, gm, findings, plan, settings, slots, hint_guard, inputs.sources, watched, layers, sizes
+    )
     graph.compile_seconds = time.perf_counter() - started
     record.compiled(graph)
     log.info("%s", graph.summary())
@@ -88,10 +92,10 @@ class AddedInputs:
 class CompiledGraph:
     """A compiled graph with the plan it was compiled for.
 
-    Each call compares the plan wanted now with that plan: a guard that was dropped (``guard_filter_fn``, or a stance
-    that skips guards) is answered by running the captured graph densely, never with the wrong budget. A list of hints
-    is checked against the rows of the batch, and a mixed graph is given each row's class as a tensor: read at the call,
-    not when the graph was compiled or captured.
+    Each call compares the plan wanted now with that plan, and its sizes with those that the plan holds for: a guard
+    that was dropped (``guard_filter_fn``, or a stance that skips guards) is answered by running the captured graph
+    densely, never with the wrong budget. A list of hints is checked against the rows of the batch, and a mixed graph is
+    given each row's class as a tensor: read at the call, not when the graph was compiled or captured.
     """
 
     def __init__(
@@ -101,18 +105,20 @@ class CompiledGraph:
         findings: Findings,
         plan: GraphPlan,
         settings: Settings,
-        slot: int,
+        slots: counters.Slots | None,
         hint_guard: str | None,
         row_sources: Sequence[RowSource] = (),
         watched: watch.WatchedGraph | None = None,
         layers: tuple[dynamo.ObjectGuard, ...] = (),
+        sizes: CallSizes | None = None,
     ) -> None:
         self.compiled = compiled
         self.captured = captured
         self.findings = findings
         self.plan = plan
         self.settings = settings
-        self.slot = slot
+        self.slots = slots
+        """Where the counts of its sites are, kept as long as the graph; None where nothing was rewritten."""
         hint = (f"{hint_guard} == {plan.current.key!r}",) if hint_guard else ()
         self.guards = (*plan.length_guards, *hint, *(guard.text for guard in layers))
         self.compile_seconds = 0.0
@@ -124,7 +130,8 @@ class CompiledGraph:
         """What a monitor is told of this graph, where it samples rows."""
         self._row_sources = tuple(row_sources)
         self._batches = _batch_readers(captured, findings, plan) if plan.registry_key is not None else ()
-        self._wanted = plan_keys[plan.registry_key] if plan.registry_key is not None else None
+        self._wanted = None if plan.registered is None else plan.registered.key
+        self._sizes = sizes
         self._layers = layers
         self.elsewhere = None if findings.sites else Elsewhere(attention_module(captured), findings.refused)
         """Where no site was found: whether attention runs outside this graph."""
@@ -142,7 +149,11 @@ class CompiledGraph:
         else:
             self.elsewhere.ran()
         if self._layers and not dynamo.ObjectGuard.all_passed(self._layers):
-            return self._run_dense(args, f"the layers that it was compiled for ({self._layers[0].text}) were not checked")
+            return self._run_dense(
+                args, f"the layers that it was compiled for ({self._layers[0].text}) were not checked"
+            )
+        if self._sizes is not None and (other := self._sizes.other(args)):
+            return self._run_dense(args, other)
         if self._wanted is None:
             return self.compiled(*args, *(source.make(TaskClass.UNKNOWN, args) for source in self._row_sources))
         hint = self.settings.wanted()
@@ -172,9 +183,9 @@ class CompiledGraph:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"This graph was compiled for the plan {self.key!r}, but {why}: "
-                "its guard was dropped (guard_filter_fn, or a stance that skips guards). It runs dense and "
-                "uncompiled; keep the guards of sparsepass.",
+                f"This graph was compiled for the plan {self.key!r}, but {why}: its guard was dropped "
+                "(guard_filter_fn, or a stance that skips guards). It runs dense and uncompiled; keep the guards on "
+                "sparsepass.plan_keys, on sizes and on layers.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -182,14 +193,18 @@ class CompiledGraph:
 
     def counts(self) -> dict[int, counters.Counts]:
         """Counts of what ran so far, by site index. Waits for the device."""
+        if self.slots is None or not self.slots.counted:
+            return {found.site.index: counters.Counts() for found in self.findings.sites}
         return {
-            found.site.index: counters.read(torch.device(found.site.device), self.slot + found.site.index)
+            found.site.index: counters.read(torch.device(found.site.device), self.slots.first + found.site.index)
             for found in self.findings.sites
         }
 
     def kernel(self, site: int) -> str | None:
         """The sparse kernel that ran for a site, if one has."""
-        return counters.kernels.get(self.slot + site)
+        if self.slots is None or not self.slots.counted:
+            return None
+        return counters.kernels.get(self.slots.first + site)
 
     def summary(self) -> str:
         current = self.plan.current
@@ -214,19 +229,19 @@ def _warn_of_auto() -> None:
 
 def _rewrite(
     gm: fx.GraphModule, findings: Findings, plan: GraphPlan
-) -> tuple[fx.GraphModule, int, AddedInputs, tuple[int, ...]]:
-    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the first counter slot of its sites, the
+) -> tuple[fx.GraphModule, counters.Slots | None, AddedInputs, tuple[int, ...]]:
+    """A rewritten clone of ``gm`` (or ``gm`` itself where nothing changes), the counter slots of its sites, the
     inputs that were added, and the sites that sample rows, each of which adds an output at the end."""
     entries = plan.current.entries
     if not any(entry.rewritten for entry in entries):
-        return gm, 0, AddedInputs(), ()
+        return gm, None, AddedInputs(), ()
     for found, entry in zip(findings.sites, entries, strict=True):
         if not entry.budget.dense:
             heads = dynamo.hint_value(found.query_shape[1])
             prepare(budget_text(entry.budget), heads, torch.device(entry.site.device))
-    slot = counters.reserve(f"{gm.code}{plan.current.key}", len(entries))
+    slots = counters.reserve(_content(gm, findings, entries), len(entries))
     twin, copies = dynamo.clone(gm)
-    rewriter = Rewriter(twin.graph, copies, slot, sampled=plan.sampled)
+    rewriter = Rewriter(twin.graph, copies, slots.first, sampled=plan.sampled)
     expected = {found.site.name: value(found.attention.output) for found in findings.sites}
     rewriter.apply(findings.sites, entries)
     verify(gm.graph, twin.graph, rewriter.replaced, expected, [node.name for node in rewriter.rows.values()])
@@ -236,7 +251,16 @@ def _rewrite(
         for given in rewriter.rows
     ]
     added = AddedInputs(tuple(value(node) for node in rewriter.rows.values()), tuple(sources))
-    return twin, slot, added, tuple(rewriter.masses)
+    return twin, slots, added, tuple(rewriter.masses)
+
+
+def _content(gm: fx.GraphModule, findings: Findings, entries: Sequence[PlanEntry]) -> str:
+    """What tells a rewritten graph from others: its code, and each site with its shapes, dtype, device and budget."""
+    sites = [
+        f"{entry.site} {found.query_shape} {found.key_shape} {budget_text(entry.budget)}"
+        for found, entry in zip(findings.sites, entries, strict=True)
+    ]
+    return "\n".join([gm.code, *sites])
 
 
 def _batch_readers(

@@ -8,8 +8,12 @@ equal plans are merged, so dense lengths compile once.
 from __future__ import annotations
 
 import hashlib
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from sparsepass import dynamo, watch
 from sparsepass.entries import (
@@ -33,7 +37,8 @@ __all__ = ["GraphPlan", "Settings", "budget_text", "plan_graph", "plan_keys"]
 plan_keys: dict[str, Callable[[], str]] = {}
 """What the hint guards call: the key of the plan that the current hint resolves to, per distinct table of plans.
 
-Part of the package's surface (``sparsepass.plan_keys``) because Dynamo's guards can reach nothing deeper.
+An entry is there as long as a graph that is guarded on it. Part of the package's surface (``sparsepass.plan_keys``)
+because Dynamo's guards can reach nothing deeper.
 """
 
 MIX_DENSE = "the rows' mean density is not expected to pay, or the policy is dense for all of them"
@@ -46,11 +51,18 @@ class GraphPlan:
     plans: dict[TaskClass | Rows, Plan]
     """By class; and by the classes of the rows, where the hint in force is a list of several."""
     task: TaskClass | Rows
-    registry_key: str | None
-    """Entry of ``plan_keys`` that the graph is guarded on; None where every hint gets the same plan."""
+    registered: Registered | None
+    """What the graph is guarded on; None where every hint gets the same plan."""
     length_guards: tuple[str, ...] = ()
+    lengths: tuple[tuple[int | torch.SymInt, LengthBucket], ...] = ()
+    """Key lengths of the sparse sites, each with the range that the plan holds in."""
     sampled: int = 0
     """Query rows that each sparse site samples for the monitor in force; 0 without one."""
+
+    @property
+    def registry_key(self) -> str | None:
+        """Entry of ``plan_keys`` that the graph is guarded on."""
+        return None if self.registered is None else self.registered.name
 
     @property
     def current(self) -> Plan:
@@ -91,7 +103,18 @@ def plan_graph(findings: Findings, settings: Settings) -> GraphPlan:
         plans[task] = Plan(task, shown, tuple(mixed), _key(table, task))
     watching = watch.current()
     sampled = 0 if watching is None else watching.rows
-    return GraphPlan(plans, task, _register(table, settings) if table.differs else None, guards, sampled)
+    registered = _register(table, settings) if table.differs else None
+    return GraphPlan(plans, task, registered, guards, _sparse_lengths(findings, plans[task], ranges), sampled)
+
+
+def _sparse_lengths(
+    findings: Findings, plan: Plan, ranges: Mapping[int, Range]
+) -> tuple[tuple[int | torch.SymInt, LengthBucket], ...]:
+    found: dict[str, tuple[int | torch.SymInt, LengthBucket]] = {}
+    for site, entry in zip(findings.sites, plan.entries, strict=True):
+        if not entry.budget.dense and (span := ranges[site.site.index].guarded) is not None:
+            found[str(site.key_shape[2])] = (site.key_shape[2], span)
+    return tuple(found.values())
 
 
 def _key(table: MixTable, hint: TaskClass | Rows) -> str:
@@ -168,11 +191,36 @@ def _bucket_classes(
     return BucketClasses(budgets, equivalent_length(found.site, bucket), tuple(sorted(limits.items())))
 
 
-def _register(table: MixTable, settings: Settings) -> str:
+@dataclass(frozen=True, eq=False)
+class Registered:
+    """An entry of ``plan_keys``, there as long as this object is."""
+
+    name: str
+    key: Callable[[], str]
+    """The key of the plan that the hint in force means."""
+
+
+_registered: weakref.WeakValueDictionary[str, Registered] = weakref.WeakValueDictionary()
+_lock = threading.RLock()
+"""Taken again where the collector runs ``_forget`` inside ``_register``."""
+
+
+def _register(table: MixTable, settings: Settings) -> Registered:
     """Enter the keys of a table into ``plan_keys``; equal tables share an entry."""
     content = repr((table.content, settings.task))
     name = hashlib.sha256(content.encode()).hexdigest()[:12]
-    if name not in plan_keys:
-        default = settings.task or TaskClass.UNKNOWN
-        plan_keys[name] = lambda: _key(table, watch.in_force(current_hint() or default))
-    return name
+    default = settings.task or TaskClass.UNKNOWN
+    with _lock:
+        found = _registered.get(name)
+        if found is None:
+            found = Registered(name, lambda: _key(table, watch.in_force(current_hint() or default)))
+            _registered[name] = found
+            plan_keys[name] = found.key
+            weakref.finalize(found, _forget, name, found.key).atexit = False
+    return found
+
+
+def _forget(name: str, key: Callable[[], str]) -> None:
+    with _lock:
+        if plan_keys.get(name) is key:  # not one that was entered since
+            del plan_keys[name]

@@ -325,16 +325,21 @@ NAMED: dict[str, Callable[[], Policy]] = {"prior": builtin_policy, "published": 
 
 
 @functools.lru_cache(maxsize=64)
-def _load_stamped(path: str, modified_ns: int, size: int) -> Policy:
-    return Policy.load(path)
+def _of_text(text: str, path: str) -> Policy:
+    from sparsepass import policy_file
+
+    return policy_file.parse(text, path)
 
 
 def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Policy:
     """The policy that an option names: a ``Policy``, the path of a file, ``"prior"`` or ``"published"``.
 
-    ``None``: the file that the environment variable ``SPARSEPASS_POLICY`` names, else the prior. Files are read again
-    only when they changed. Raises ``PolicyError``.
+    ``None``: the file that the environment variable ``SPARSEPASS_POLICY`` names, else the prior. A file is read each
+    time, since its time of change may say nothing, and parsed again only if its text is another. Raises
+    ``PolicyError``.
     """
+    from sparsepass import policy_file  # not at import: checking a file needs jsonschema
+
     if isinstance(given, Policy):
         return given
     if given is None:
@@ -345,13 +350,14 @@ def resolve_policy(given: str | os.PathLike[str] | Policy | None = None) -> Poli
     if path in NAMED:
         return NAMED[path]()
     try:
-        stat = os.stat(path)
+        os.stat(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PolicyError(
             f"The policy file {quoted_path(path)} cannot be read ({reason}); give the path of one, or {_names()}."
         ) from error
-    return _load_stamped(os.path.abspath(path), stat.st_mtime_ns, stat.st_size)
+    file = os.path.abspath(path)
+    return _of_text(policy_file.read(Path(file)), file)
 
 
 def _names() -> str:

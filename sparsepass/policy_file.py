@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepass.errors import SHOWN, PolicyError, close_names, shown, shown_path
-from sparsepass.files import read_json
+from sparsepass.files import parse_json, read_text
 from sparsepass.methods import budget_from_json
 from sparsepass.policy import VERSION, Policy
 from sparsepass.policy_rules import Ranges, Rule
@@ -23,7 +23,17 @@ LARGEST = 1 << 24
 
 def load(path: Path) -> Policy:
     """The policy in a file. Raises ``PolicyError``."""
-    return from_json(read_json(path, "policy file", PolicyError, most=LARGEST), shown_path(path))
+    return parse(read(path), shown_path(path))
+
+
+def read(path: Path) -> str:
+    """The text of a policy file. Raises ``PolicyError``."""
+    return read_text(path, "policy file", PolicyError, LARGEST)
+
+
+def parse(text: str, path: str) -> Policy:
+    """The policy that the text of a file describes; ``path`` begins each error's text. Raises ``PolicyError``."""
+    return from_json(parse_json(text, path, PolicyError), path)
 
 
 def from_json(data: Any, where: str) -> Policy:

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "entries",
         "ranges options verify",
         "plan rewrite inline",
-        "watchplan record compiled_inside",
+        "watchplan record compiled_inside callsizes",
         "elsewhere",
         "pipeline",
         "decorator inspection warmup monitor",

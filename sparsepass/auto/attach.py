@@ -18,7 +18,7 @@ from sparsepass.auto.error import AutoError
 from sparsepass.auto.probe import logit_signals, probe
 from sparsepass.auto.router import Router
 from sparsepass.fingerprint import differences
-from sparsepass.hints import Auto, current_auto, task
+from sparsepass.hints import Auto, being_traced, current_auto, task
 from sparsepass.types import Rows, TaskClass
 
 REMEMBERED = 256
@@ -49,7 +49,7 @@ class Attached:
         self._signature = inspect.signature(type(model).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        auto = None if torch.compiler.is_compiling() else current_auto()
+        auto = None if being_traced() else current_auto()
         if auto is None:
             return self._run(*args, **kwargs)
         bound = self._signature.bind(self.model, *args, **kwargs)

@@ -54,7 +54,7 @@ class BudgetSwitch:
         run = self._switched(sparse)
         exact = _without_dead_masks(dense)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, slots: Any = sparse.slots) -> Any:  # which the sites of ``run`` count in: it keeps them
             return exact(*args) if self.active is None else run(*args)
 
         return call
@@ -62,7 +62,8 @@ class BudgetSwitch:
     def _switched(self, graph: CompiledGraph) -> Callable[..., Any]:
         """The rewritten graph with every sparse op asking for its budget."""
         twin = _module(graph)
-        layers = {graph.slot + found.site.index: found.layer for found in graph.findings.sites}
+        assert graph.slots is not None  # it has sparse sites
+        layers = {graph.slots.first + found.site.index: found.layer for found in graph.findings.sites}
         for node in twin.graph.find_nodes(op="call_function", target=SPARSE_ATTENTION):
             slot = int(node.args[_SLOT])  # type: ignore[arg-type]
             node.target = self._site(layers[slot])
