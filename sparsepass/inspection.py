@@ -43,10 +43,11 @@ def explain(
 ) -> Report:
     """Call ``target(*args, **kwargs)`` once, without gradients, and report every attention site.
 
-    ``target`` is a model, a function, or something compiled already (by ``torch.compile(..., backend="sparsepass")`` or
-    ``model.compile(...)``) or of which a part is, such as single layers: that is then run as it is, under its own policy
-    and options. A model or function in which nothing is compiled is compiled for this one call, without Inductor. A method such as ``model.generate`` is run as it is: if nothing in it is compiled, the
-    report says so. ``task``: hint in force during the call, or a list of one per row of the batch. ``options``: as for
+    ``target`` is a model, a function, or something that is compiled already (by ``torch.compile(...,
+    backend="sparsepass")`` or ``model.compile(...)``), whole or in parts such as single layers: it then runs as it is,
+    under its own policy and options. A model or function in which nothing is compiled is compiled for this one call,
+    without Inductor. A method such as ``model.generate`` runs as it is: if nothing in it is compiled, the report says
+    so. ``task``: hint in force during the call, or a list of one per row of the batch. ``options``: as for
     ``torch.compile``. Raises ``OptionError``, ``PolicyError`` or ``HintError`` for what is not accepted.
     """
     runnable, notes = _prepare(target, policy, options)

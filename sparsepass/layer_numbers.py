@@ -1,7 +1,7 @@
 """Which layer each attention site of a graph is, where a policy has budgets by layer.
 
-A graph may serve several layers: layers that are compiled one by one share their code. So a number that a module holds is
-guarded, by the stretch of layers that the policy treats alike. A number that cannot be guarded is not known.
+A graph may serve several layers: layers that are compiled one by one share their code. So a number that a module holds
+is guarded, by the stretch of layers that the policy treats alike. One that cannot be guarded is not known.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _differs(policy: Policy, length: int | None, heads: int) -> bool:
 
 
 def _parse(source: str) -> tuple[str, Place]:
-    """``L['self']._modules['layers'][7].self_attn`` as ``L['self']`` and the names after it; nothing if it is another."""
+    """``L['self']._modules['layers'][7].self_attn`` as ``L['self']`` and the names after it; else nothing."""
     match = re.match(r"[LG]\['\w+'\]", source)
     if match is None:
         return "", ()

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,14 +152,14 @@ class Policy:
         rules = [rule for rule in _covering(self, task, bucket) if rule.heads is None]
         floors = [
             next((rule.floor for rule in reversed(rules) if rule.layers is None or place in rule.layers), None)
-            for place in _places(layer, (rule.layers for rule in rules))
+            for place in ((layer,) if layer is not None else _representatives(rules, "layers").values())
         ]
         return max((floor for floor in floors if floor is not None), default=None)
 
     @cached_property
     def layer_starts(self) -> tuple[int, ...]:
         """The first layer of each stretch of layers that all rules treat alike, in order; (0,) without such rules."""
-        return tuple(_places(None, (rule.layers for rule in self.rules)))
+        return tuple(sorted({0}.union(*(rule.layers.edges() for rule in self.rules if rule.layers is not None))))
 
     def layer_stretch(self, layer: int) -> tuple[int, int | None]:
         """The stretch of layers around one that all rules treat alike: first and last, ``None`` for no end."""
@@ -176,7 +175,7 @@ class Policy:
             > 1
             for bucket in buckets
             for task in TaskClass
-            if (places := _places(None, (rule.layers for rule in _covering(self, task, bucket))))
+            if (places := _representatives(_covering(self, task, bucket), "layers").values())
         )
 
     def within(self, span: LengthBucket) -> tuple[LengthBucket, ...]:
@@ -275,17 +274,22 @@ def _holding(rules: Sequence[Rule], what: Literal["layers", "heads"], number: in
 def _memberships(
     policy: Policy, task: TaskClass, bucket: LengthBucket, what: Literal["layers", "heads"]
 ) -> tuple[int, ...]:
-    """What ``_holding`` of a bucket's rules may be at an unknown layer or head: one pass over their edges."""
-    changes: dict[int, int] = defaultdict(int)
-    for place, rule in enumerate(_covering(policy, task, bucket)):
+    """What ``_holding`` of a bucket's rules may be at an unknown layer or head."""
+    return tuple(_representatives(_covering(policy, task, bucket), what))
+
+
+def _representatives(rules: Sequence[Rule], what: Literal["layers", "heads"]) -> dict[int, int]:
+    """A layer or head for each value that ``_holding`` may have: the first. One pass over the rules' edges."""
+    changes: dict[int, int] = {0: 0}
+    for place, rule in enumerate(rules):
         ranges = getattr(rule, what)
         for edge in (0,) if ranges is None else ranges.edges():
-            changes[edge] ^= 1 << place
-    held, found = 0, dict.fromkeys(() if 0 in changes else (0,))
+            changes[edge] = changes.get(edge, 0) ^ 1 << place
+    held, found = 0, dict[int, int]()
     for edge in sorted(changes):
         held ^= changes[edge]
-        found[held] = None
-    return tuple(found)
+        found.setdefault(held, edge)
+    return found
 
 
 def _most_cautious(budgets: Iterable[Budget]) -> Budget:
