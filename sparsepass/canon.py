@@ -9,8 +9,10 @@ Nothing is mutated: the view refers to the nodes of the original graph.
 from __future__ import annotations
 
 import bisect
+import functools
 import operator
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +96,18 @@ _RESHAPE_NAMES = ("reshape", "view", "flatten", "unflatten", "view_as", "reshape
 _DROPOUT = (F.dropout, torch.dropout, "dropout")
 _CAST = ("to", "float", "half", "bfloat16", "double", "type", "type_as")
 _SAME = ("contiguous", "clone", "detach", torch.clone, torch.detach)
-_SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+
+
+def is_own(target: Any) -> bool:
+    """False for a function that someone put in the place of torch's own."""
+    if isinstance(target, types.FunctionType):
+        return str(target.__globals__["__name__"]).partition(".")[0] == "torch"
+    return not isinstance(target, types.MethodType | functools.partial)
+
+
+SDPA = torch._C._nn.scaled_dot_product_attention
+LINEAR = torch._C._nn.linear
+"""Torch's own functions. They are never looked up in ``torch.nn.functional``, where users put theirs."""
 
 _NAMES: dict[Any, str] = {}
 for _name, _targets in {
@@ -124,12 +137,12 @@ for _name, _targets in {
     "dropout": _DROPOUT,
     "cast": _CAST,
     "same": _SAME,
-    "sdpa": _SDPA,
+    "sdpa": (SDPA,),
     "multi_head_attention": (F.multi_head_attention_forward,),
     "flex_attention": (torch.ops.higher_order.flex_attention,),
     "native_attention": (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd),
 }.items():
-    _NAMES.update(dict.fromkeys(_targets, _name))
+    _NAMES.update(dict.fromkeys(filter(is_own, _targets), _name))
 
 
 def value(node: Operand) -> Any:
@@ -360,6 +373,8 @@ class CanonicalGraph:
     """
 
     graph: fx.Graph
+    left_alone: Mapping[fx.Node, str] = field(default_factory=dict)
+    """Nodes that match nothing, with the reason (see ``surroundings``)."""
     ops: dict[fx.Node, Op] = field(default_factory=dict)
     flow: Any = field(default_factory=nx.DiGraph)
     order: dict[fx.Node, int] = field(default_factory=dict)
@@ -379,7 +394,7 @@ class CanonicalGraph:
         self.live = _live(self.graph)
         for node in self.graph.nodes:
             self.order[node] = len(self.order)
-            op = canonical_op(node)
+            op = canonical_op(node) if node not in self.left_alone else _opaque(node)
             if mutates(node):
                 self.writes.append(node)
                 op = self._write(node, op)

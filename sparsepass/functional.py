@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsepass import dynamo
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels.dispatch import (
     UNBOUNDED,
@@ -21,7 +22,7 @@ from sparsepass.kernels.dispatch import (
 from sparsepass.kernels.dispatch_select import select_pooled_topk
 from sparsepass.kernels.support import default_block
 from sparsepass.methods.heads import float32_at_most
-from sparsepass.ops import default_scale
+from sparsepass.ops import default_scale, refuse_derivatives
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -121,11 +122,15 @@ def sparse_attention(
     ``softcap``, ``slopes`` (ALiBi), ``bias``, ``mask`` (bool, True is visible) and ``sinks`` change the scores as
     ``kernels.scores.Scores`` says; blocks of which mask and bias hide every pair are not computed, and ``density`` is
     then of each head's other blocks. Returns the output [B, H, Sq, Dv], and with ``return_lse`` the log-sum-exp float32
-    [B, H, Sq]; rows that see nothing give 0 and -inf. Raises ``KernelInputError``. Method: The Sparse Frontier (arXiv
+    [B, H, Sq]; rows that see nothing give 0 and -inf. There are no derivatives: tensors that need gradients, or carry
+    forward-mode ones, are refused, and so are tensor subclasses and torch.func transforms. Raises ``KernelInputError``. Method: The Sparse Frontier (arXiv
     2504.17768), block-sparse.
     """
     if (blocks is None) == (density is None):
         raise KernelInputError("Give either blocks (lists, or a BlockMask) or density, not both and not neither.")
+    given = {"query": query, "key": key, "value": value, "slopes": slopes, "bias": bias, "mask": mask, "sinks": sinks}
+    _check_plain(given)
+    refuse_derivatives(given.items())
     check_inputs(query, key, value)
     visible = _visible(query, key, causal, window, key_padding, segments, cu_seqlens)
     factor = default_scale(query.shape[-1]) if scale is None else scale
@@ -143,6 +148,14 @@ def sparse_attention(
         query, key, value, lists, scale=factor, visible=visible, scores=scores, return_lse=return_lse
     )
     return out if lse is None else (out, lse)
+
+
+def _check_plain(given: Mapping[str, Any]) -> None:
+    for name, tensor in given.items():
+        if (kind := dynamo.tensor_kind(tensor)) is not None:
+            raise KernelInputError(
+                f"{name} is a {kind}; accepted are plain tensors, outside of torch.vmap and other torch.func transforms."
+            )
 
 
 def _density(
