@@ -123,8 +123,8 @@ def sparse_attention(
     ``kernels.scores.Scores`` says; blocks of which mask and bias hide every pair are not computed, and ``density`` is
     then of each head's other blocks. Returns the output [B, H, Sq, Dv], and with ``return_lse`` the log-sum-exp float32
     [B, H, Sq]; rows that see nothing give 0 and -inf. There are no derivatives: tensors that need gradients, or carry
-    forward-mode ones, are refused, and so are tensor subclasses and torch.func transforms. Raises ``KernelInputError``. Method: The Sparse Frontier (arXiv
-    2504.17768), block-sparse.
+    forward-mode ones, are refused, and so are tensor subclasses and torch.func transforms. Raises
+    ``KernelInputError``. Method: The Sparse Frontier (arXiv 2504.17768), block-sparse.
     """
     if (blocks is None) == (density is None):
         raise KernelInputError("Give either blocks (lists, or a BlockMask) or density, not both and not neither.")
@@ -151,10 +151,12 @@ def sparse_attention(
 
 
 def _check_plain(given: Mapping[str, Any]) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        return  # Dynamo's own values stand for the tensors, and it cannot trace the question
     for name, tensor in given.items():
         if (kind := dynamo.tensor_kind(tensor)) is not None:
             raise KernelInputError(
-                f"{name} is a {kind}; accepted are plain tensors, outside of torch.vmap and other torch.func transforms."
+                f"{name} is a {kind}; accepted are plain tensors, outside of torch.vmap and the like."
             )
 
 

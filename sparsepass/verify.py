@@ -20,7 +20,7 @@ def verify(
     expected: dict[str, torch.Tensor],
     added: Sequence[str] = (),
 ) -> None:
-    """Raise ``GraphInvariantError`` unless inputs, writes, and types and strides of the replaced values are what they were.
+    """Raise ``GraphInvariantError`` unless inputs, writes, and the replaced values' types and strides are kept.
 
     Strides may differ where no reader can tell.
 
