@@ -62,14 +62,14 @@ def transposed_query(q: T, k: T, v: T) -> T:
 
 
 def checked(x: T) -> T:
-    return in_memory_order(x if x.is_contiguous() else x.contiguous())
+    return in_memory_order(x if x.is_contiguous() else x.contiguous())  # type: ignore[no-any-return]
 
 
 def written_to(x: T) -> T:
     """A copy that would be no copy: ``x`` is read after what was made of it is written to."""
     y = x.transpose(1, 2).contiguous()
     y.add_(1.0)
-    return in_memory_order(y) + x.transpose(1, 2)
+    return in_memory_order(y) + x.transpose(1, 2)  # type: ignore[no-any-return]
 
 
 READERS: dict[str, Callable[[T], T]] = {

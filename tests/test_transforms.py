@@ -140,7 +140,7 @@ def test_plain_activations_beside_a_subclass_are_rewritten() -> None:
     """Quantized weights are subclasses; what a layer with them yields is not."""
 
     def model(q: T, k: T, v: T, weight: Any) -> T:
-        return fused(q, k, v) + weight.a.sum()
+        return fused(q, k, v) + weight.a.sum()  # type: ignore[no-any-return]
 
     with torch.no_grad():
         seen = Seen(model)
