@@ -72,5 +72,5 @@ def _cut(x: Tensor, rows: slice, columns: slice) -> Tensor:
 def _blocks(pairs: Tensor, block: int, keys: int, *, missing: bool, every: bool = False) -> Tensor:
     """Per key whether any (or every) row has it, [B, H, blocks, block], the end filled up with ``missing``."""
     of_key = (pairs.all(2) if every else pairs.any(2)).expand(-1, -1, keys)
-    padded = torch.nn.functional.pad(of_key, (0, -keys % block), value=missing)
+    padded = torch.constant_pad_nd(of_key, (0, -keys % block), value=missing)
     return padded.view(*padded.shape[:-1], -1, block)

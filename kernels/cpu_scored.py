@@ -29,7 +29,7 @@ def _log_mass(scores: Tensor, block: int) -> Tensor:
     """log sum exp over blocks of columns: [n, columns] to [blocks, n]; overwrites ``scores``."""
     missing = -scores.shape[1] % block
     if missing:
-        scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
+        scores = torch.constant_pad_nd(scores, (0, missing), value=-math.inf)
     scores = scores.reshape(scores.shape[0], -1, block)
     top = scores.amax(-1, keepdim=True)
     finite = torch.where(top == -math.inf, 0.0, top)
@@ -122,11 +122,11 @@ def _antidiagonal_scores(q: Tensor, k: Tensor, mask: Visibility, scale: float, s
                 shares = found.masked_fill_(hidden, -math.inf).softmax(-1)
                 if blind is not None:
                     shares.masked_fill_(blind, 0.0)
-                shares = torch.nn.functional.pad(shares, (0, -seen % of_block))
+                shares = torch.constant_pad_nd(shares, (0, -seen % of_block))
                 shares = shares.view(len(shares), -1, of_block).sum(-1)
                 missing = -len(shares) % per_block
                 if missing:
-                    shares = torch.nn.functional.pad(shares, (0, 0, 0, missing))
+                    shares = torch.constant_pad_nd(shares, (0, 0, 0, missing))
                 part = shares.view(-1, per_block, shares.shape[1]).sum(1).log()
                 at = begin // per_block
                 scores[item, head, at : at + len(part), : part.shape[1]] = part
@@ -135,7 +135,7 @@ def _antidiagonal_scores(q: Tensor, k: Tensor, mask: Visibility, scale: float, s
 
 def _folds(tokens: Tensor, stride: int) -> Tensor:
     """[S, D] to [folds, stride * D], the end filled up with zeros."""
-    tokens = torch.nn.functional.pad(tokens, (0, 0, 0, -tokens.shape[0] % stride))
+    tokens = torch.constant_pad_nd(tokens, (0, 0, 0, -tokens.shape[0] % stride))
     return tokens.reshape(-1, stride * tokens.shape[1])
 
 

@@ -42,14 +42,14 @@ def unlike_blocks(x: Tensor, block: int, segments: Tensor | None, least: float) 
     batch, heads, length, dim = x.shape
     missing = -length % block
     used = x.new_ones(batch, length, dtype=torch.float32) if segments is None else (segments != PADDING).float()
-    count = torch.nn.functional.pad(used, (0, missing)).view(batch, -1, block).sum(-1).clamp(min=1)
+    count = torch.constant_pad_nd(used, (0, missing)).view(batch, -1, block).sum(-1).clamp(min=1)
     found = []
     for head in range(heads):  # one at a time: the copy is as large as the input
         tokens = x[:, head].float()
         if segments is not None:
             tokens = torch.where(used[..., None] > 0, tokens, 0.0)
-        weight = torch.nn.functional.pad(used / tokens.norm(dim=-1).clamp(min=1e-30), (0, missing))
-        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens
+        weight = torch.constant_pad_nd(used / tokens.norm(dim=-1).clamp(min=1e-30), (0, missing))
+        tokens = torch.constant_pad_nd(tokens, (0, 0, 0, missing)) if missing else tokens
         total = torch.matmul(weight.view(batch, -1, 1, block), tokens.view(batch, -1, block, dim))[:, :, 0]
         found.append(~((total / count[..., None]).square().sum(-1) >= least))
     return torch.stack(found, 1)

@@ -173,7 +173,7 @@ def divergence(
     batch, heads, block = problem.batch, problem.heads, problem.block
     kv_heads = key_means.shape[1]
     ends = problem.blocks * block - problem.kv_len
-    true = torch.nn.functional.pad(found.columns, (0, ends)).unflatten(2, (-1, block)).sum(3)
+    true = torch.constant_pad_nd(found.columns, (0, ends)).unflatten(2, (-1, block)).sum(3)
     true = true / true.sum(-1, keepdim=True)
 
     windows = found.starts.shape[1]
@@ -201,7 +201,7 @@ def divergence(
         if visible.q_segments is not None:
             own = visible.q_segments.gather(1, found.starts.long())
         seen &= (visible.kv_segments[:, None] == own[:, :, None]) & (visible.kv_segments != -1)[:, None]
-    seen = torch.nn.functional.pad(seen, (0, ends)).unflatten(2, (-1, block)).any(3)
+    seen = torch.constant_pad_nd(seen, (0, ends)).unflatten(2, (-1, block)).any(3)
     guess = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     share = found.counts / found.counts.sum(-1, keepdim=True)
     guess = (torch.where(found.counts[:, None, :, None] > 0, guess, 0.0) * share[:, None, :, None]).sum(2)

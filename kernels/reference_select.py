@@ -107,8 +107,8 @@ def block_logits_reference(
                 seen &= last_key >= first - left
             query = torch.where((q_of[item] == -1)[:, None], 0.0, query)
             key = torch.where((kv_of[item] == -1)[:, None], 0.0, key)
-            folded_q = torch.nn.functional.pad(query, (0, 0, 0, -q_len % step)).unflatten(0, (-1, step)).flip(1)
-            folded_k = torch.nn.functional.pad(key, (0, 0, 0, -kv_len % step)).unflatten(0, (-1, step))
+            folded_q = torch.constant_pad_nd(query, (0, 0, 0, -q_len % step)).unflatten(0, (-1, step)).flip(1)
+            folded_k = torch.constant_pad_nd(key, (0, 0, 0, -kv_len % step)).unflatten(0, (-1, step))
             found = torch.einsum("itd,jtd->ij", folded_q, folded_k) * scale / step
             shares = found.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
             for row in range(logits.shape[2]):

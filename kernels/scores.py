@@ -169,7 +169,7 @@ def budgets_in_map(allowed: Tensor, shares: Tensor | float) -> Tensor:
     rows_with = torch.zeros(*counts.shape[:2], columns + 1, dtype=torch.int64, device=allowed.device)
     rows_with.scatter_add_(-1, counts, torch.ones_like(counts))
     at_least = rows_with.flip(-1).cumsum(-1).flip(-1)  # going from k - 1 to k keeps one more in rows with at least k
-    kept = torch.nn.functional.pad(at_least[..., 1:].cumsum(-1), (1, 0))
+    kept = torch.constant_pad_nd(at_least[..., 1:].cumsum(-1), (1, 0))
     if isinstance(shares, Tensor):
         wanted = torch.where(shares < 1.0, shares, 1.0).double()[..., None] * kept[..., -1:]
     else:

@@ -114,7 +114,7 @@ def keep_best_cpu(
     indices = torch.where(flags.bool(), index, size).sort(-1).values[..., : max(1, width)]
     indices = torch.where(indices < size, indices, 0).int()
     if indices.shape[-1] < width:
-        indices = torch.nn.functional.pad(indices, (0, width - indices.shape[-1]))
+        indices = torch.constant_pad_nd(indices, (0, width - indices.shape[-1]))
     return Best(flags, num.int(), indices, threshold.int())
 
 

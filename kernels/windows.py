@@ -59,7 +59,7 @@ def sample_windows(
     turn = torch.where(ends_window, turn, (q_len + 1) * (q_len + 1))
     order = turn.sort(dim=1, stable=True).indices[:, :count]
     if order.shape[1] < count:  # fewer rows than windows
-        order = torch.nn.functional.pad(order, (0, count - order.shape[1]), value=0)
+        order = torch.constant_pad_nd(order, (0, count - order.shape[1]), value=0)
         usable = torch.arange(count, device=device) < q_len
     else:
         usable = torch.ones(count, dtype=torch.bool, device=device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
-from sparsepass.canon import value
+from sparsepass import dynamo
+from sparsepass.canon import is_own, value
 from sparsepass.match import Match, Pattern
 from sparsepass.types import Skip
 
@@ -61,6 +63,10 @@ def multi_head_reason(node: fx.Node) -> str | None:
         return "has keys of its own (bias_k, bias_v, static_k or static_v)"
     if given["add_zero_attn"]:
         return "adds a key of zeros (add_zero_attn)"
+    if not (is_own(F.linear) and is_own(F.scaled_dot_product_attention)):
+        return "calls a function that took the place of torch.nn.functional's linear or scaled_dot_product_attention"
+    if any(dynamo.tensor_kind(value(one)) for one in node.all_input_nodes):
+        return "is given tensors that are of a subclass or in a torch.func transform"
     held = value(given["query"])
     if not isinstance(held, torch.Tensor) or held.dim() != 3:
         return "has a query of other than three dimensions"

@@ -12,7 +12,8 @@ import bisect
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +100,18 @@ _SAME = ("contiguous", "clone", "detach", "alias", "lift_fresh_copy", torch.clon
 _SWAPS = ("mT", "mH", "adjoint", torch.adjoint)
 _ALL_SWAPS = ("T", "H", "numpy_T", "matrix_H", "t", torch.t)
 """Of tensors of two dimensions. Of others ``T`` turns all of them around."""
-_SDPA = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+
+
+def is_own(target: Any) -> bool:
+    """False for a function that someone put in the place of torch's own."""
+    if isinstance(target, types.FunctionType):
+        return str(target.__globals__["__name__"]).partition(".")[0] == "torch"
+    return not isinstance(target, types.MethodType | functools.partial)
+
+
+SDPA = torch._C._nn.scaled_dot_product_attention
+LINEAR = torch._C._nn.linear
+"""Torch's own functions. They are never looked up in ``torch.nn.functional``, where users put theirs."""
 
 _FLASH = (
     "_scaled_dot_product_flash_attention",
@@ -146,14 +158,14 @@ for _name, _targets in {
     "dropout": _DROPOUT,
     "cast": _CAST,
     "same": _SAME,
-    "sdpa": _SDPA,
+    "sdpa": (SDPA,),
     "sdpa_kernel": _FLASH,
     "attention_kernel": _KERNELS,
     "multi_head_attention": (F.multi_head_attention_forward,),
     "flex_attention": (torch.ops.higher_order.flex_attention,),
     "native_attention": (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd),
 }.items():
-    _NAMES.update(dict.fromkeys(_targets, _name))
+    _NAMES.update(dict.fromkeys(filter(is_own, _targets), _name))
 
 
 @functools.cache
@@ -161,7 +173,7 @@ def _aten(target: Any) -> Any:
     """What an ATen operation is in the spelling of models: the function of torch, or the name of the method."""
     name = (target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target).__name__
     if name == "scaled_dot_product_attention":
-        return F.scaled_dot_product_attention
+        return SDPA
     for module in (torch, F):
         if not name.startswith("_") and callable(function := getattr(module, name, None)):
             return function
@@ -456,6 +468,8 @@ class CanonicalGraph:
     """
 
     graph: fx.Graph
+    left_alone: Mapping[fx.Node, str] = field(default_factory=dict)
+    """Nodes that match nothing, with the reason (see ``surroundings``)."""
     ops: dict[fx.Node, Op] = field(default_factory=dict)
     flow: Any = field(default_factory=nx.DiGraph)
     order: dict[fx.Node, int] = field(default_factory=dict)
@@ -475,7 +489,7 @@ class CanonicalGraph:
         self.live = _live(self.graph)
         for node in self.graph.nodes:
             self.order[node] = len(self.order)
-            op = canonical_op(node)
+            op = canonical_op(node) if node not in self.left_alone else _opaque(node)
             if mutates(node):
                 self.writes.append(node)
                 op = self._write(node, op)

@@ -213,6 +213,27 @@ def fix(sizes: Iterable[int | torch.SymInt]) -> None:
         int(size)
 
 
+def below_autograd() -> contextlib.AbstractContextManager[None]:
+    """Operators that are called inside skip their autograd kernel."""
+    guard: contextlib.AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return guard
+
+
+def tensor_kind(held: Any) -> str | None:
+    """What a value is that is more than a plain tensor: the name of its subclass, or a level of a transform.
+
+    None for plain and fake tensors, parameters, and for what is no tensor.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if not isinstance(held, torch.Tensor):
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(held):
+        return "tensor of a torch.func transform"
+    plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+    return None if type(held) in plain else type(held).__name__
+
+
 def holds(condition: Any) -> bool:
     """Whether a condition on sizes is true whatever the sizes are. Installs no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -17,6 +17,7 @@ from sparsepass.methods import decode_budget, encode_budget, make_method
 from sparsepass.methods.rows import is_row_text
 from sparsepass.policy import Policy
 from sparsepass.sites import FoundSite
+from sparsepass.strides import restoring
 from sparsepass.types import (
     BY_LENGTH,
     BY_ROW,
@@ -62,14 +63,12 @@ def refusal(found: FoundSite) -> Skip | None:
     if attention.dropout_p != 0.0:
         return Skip(f"attention dropout is {attention.dropout_p}; the sparse kernels have none (call model.eval())")
     values = [value(operand) for operand in attention.operands]
-    tensors = [held for held in values if isinstance(held, torch.Tensor)]
-    if len(tensors) != len(values):
+    if not all(isinstance(held, torch.Tensor) for held in values):
         return Skip("the graph carries no shapes for query, key or value")
-    tensors += [held for term in attention.masks if isinstance(held := value(term.operand), torch.Tensor)] + [
-        held for held in [value(attention.sinks)] if isinstance(held, torch.Tensor)
-    ]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if found.gradients:
         return Skip("gradients are needed here; run under torch.no_grad() or torch.inference_mode()")
+    if restoring(held := value(attention.output)) is None:
+        return Skip(f"the strides of its output, {list(held.stride())} for {list(held.shape)}, cannot be kept")
     if isinstance(found.terms, Skip):
         return found.terms
     heads, kv_heads = found.query_shape[1], found.key_shape[1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsepass import dynamo
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels.arguments import check_block_sizes, check_list_values, check_tensor
 from sparsepass.kernels.dispatch import (
@@ -23,7 +24,7 @@ from sparsepass.kernels.dispatch import (
 from sparsepass.kernels.dispatch_select import select_pooled_topk
 from sparsepass.kernels.support import default_block
 from sparsepass.methods.heads import float32_at_most
-from sparsepass.ops import default_scale
+from sparsepass.ops import default_scale, refuse_derivatives
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -131,11 +132,15 @@ def sparse_attention(
     ``softcap``, ``slopes`` (ALiBi), ``bias``, ``mask`` (bool, True is visible) and ``sinks`` change the scores as
     ``kernels.scores.Scores`` says; blocks of which mask and bias hide every pair are not computed, and ``density`` is
     then of each head's other blocks. Returns the output [B, H, Sq, Dv], and with ``return_lse`` the log-sum-exp float32
-    [B, H, Sq]; rows that see nothing give 0 and -inf. Raises ``KernelInputError``. Method: The Sparse Frontier (arXiv
-    2504.17768), block-sparse.
+    [B, H, Sq]; rows that see nothing give 0 and -inf. There are no derivatives: tensors that need gradients, or carry
+    forward-mode ones, are refused, and so are tensor subclasses and torch.func transforms. Raises
+    ``KernelInputError``. Method: The Sparse Frontier (arXiv 2504.17768), block-sparse.
     """
     if (blocks is None) == (density is None):
         raise KernelInputError("Give either blocks (lists, or a BlockMask) or density, not both and not neither.")
+    given = {"query": query, "key": key, "value": value, "slopes": slopes, "bias": bias, "mask": mask, "sinks": sinks}
+    _check_plain(given)
+    refuse_derivatives(given.items())
     check_inputs(query, key, value)
     visible = _visible(query, key, causal, window, key_padding, segments, cu_seqlens)
     factor = default_scale(query.shape[-1] or 1) if scale is None else _number(scale, "scale")
@@ -167,6 +172,16 @@ def _number(given: Any, name: str) -> float:
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise KernelInputError(f"{name} is {given!r}; accepted is a number.")
     return float(given)
+
+
+def _check_plain(given: Mapping[str, Any]) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        return  # Dynamo's own values stand for the tensors, and it cannot trace the question
+    for name, tensor in given.items():
+        if (kind := dynamo.tensor_kind(tensor)) is not None:
+            raise KernelInputError(
+                f"{name} is a {kind}; accepted are plain tensors, outside of torch.vmap and the like."
+            )
 
 
 def _density(

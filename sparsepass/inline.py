@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from sparsepass import dynamo
-from sparsepass.canon import value
+from sparsepass.canon import LINEAR, SDPA, canonical_op, value
 from sparsepass.patterns.composite import multi_head_arguments, multi_head_reason
+from sparsepass.surroundings import grad_modes
 
 REGIONS = frozenset({"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"})
 """Higher-order operations that call their body once, with their other arguments."""
@@ -24,16 +24,22 @@ REGIONS = frozenset({"tag_activation_checkpoint", "wrap", "wrap_activation_check
 
 def written_out(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` itself, or where there is something to write out a copy that computes the same."""
-    if not any(_opens(gm, node) for node in gm.graph.nodes):
+    modes = grad_modes(gm.graph, torch.is_grad_enabled())
+    pending = [node for node in gm.graph.nodes if _opens(gm, node, modes[node])]
+    if not pending:
         return gm
-    twin, _ = dynamo.clone(gm)
-    pending = [node for node in twin.graph.nodes if _opens(twin, node)]
+    twin, copies = dynamo.clone(gm)
+    pending = [copies[node] for node in pending]
+    modes = {copies[node]: mode for node, mode in modes.items() if node in copies}
     while pending:
         node = pending.pop()
-        if _is_region(twin, node):
-            pending += [made for made in _inline(twin, node) if _opens(twin, made)]
+        if _is_region(twin, node, modes[node]):
+            made = _inline(twin, node)
+            modes.update(dict.fromkeys(made, False))  # a region in which gradients are recorded stays closed
+            pending += [one for one in made if _opens(twin, one, False)]
         else:
-            _MultiHead(twin.graph, node).expand()
+            with torch.set_grad_enabled(modes[node]):
+                _MultiHead(twin.graph, node).expand()
     used = {str(node.target).split(".")[0] for node in twin.graph.nodes if node.op in ("get_attr", "call_module")}
     for name, _ in list(twin.named_children()):
         if name not in used:
@@ -42,15 +48,21 @@ def written_out(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def _opens(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return _is_region(gm, node) or (node.target is F.multi_head_attention_forward and multi_head_reason(node) is None)
+def _opens(gm: fx.GraphModule, node: fx.Node, recorded: bool) -> bool:
+    return _is_region(gm, node, recorded) or (
+        canonical_op(node).name == "multi_head_attention" and multi_head_reason(node) is None
+    )
 
 
-def _is_region(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_function" or getattr(node.target, "__name__", "") not in REGIONS or torch.is_grad_enabled():
+def _is_region(gm: fx.GraphModule, node: fx.Node, recorded: bool) -> bool:
+    """``recorded``: whether gradients are, where the node is. A checkpoint then saves memory, and stays."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") not in REGIONS or recorded:
         return False
-    body = node.args[0] if node.args else None
-    return isinstance(body, fx.Node) and body.op == "get_attr" and isinstance(_attribute(gm, body), fx.GraphModule)
+    region = node.args[0] if node.args else None
+    if not isinstance(region, fx.Node) or region.op != "get_attr":
+        return False
+    body = _attribute(gm, region)
+    return isinstance(body, fx.GraphModule) and not any(grad_modes(body.graph, False).values())
 
 
 def _attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
@@ -119,9 +131,9 @@ class _MultiHead:
                 for one in self.projected(given)
             )
             mask = self.mask(given, heads)
-            out = self.call(F.scaled_dot_product_attention, query, key, values, attn_mask=mask)
+            out = self.call(SDPA, query, key, values, attn_mask=mask)
             flat = self.method(self.method(out, "permute", 2, 0, 1, 3), "flatten", 2)
-            result = self.call(F.linear, flat, given["out_proj_weight"], given["out_proj_bias"])
+            result = self.call(LINEAR, flat, given["out_proj_weight"], given["out_proj_bias"])
         _replace_results(self.node, (result, None))
 
     def by_head(self, source: fx.Node, heads: int) -> fx.Node:
@@ -137,7 +149,7 @@ class _MultiHead:
         if not given.get("use_separate_proj_weight"):
             weights = [self.method(given["in_proj_weight"], "narrow", 0, place * width, width) for place in range(3)]
         biases = [None if bias is None else self.method(bias, "narrow", 0, place * width, width) for place in range(3)]
-        return [self.call(F.linear, *one) for one in zip(operands, weights, biases, strict=True)]
+        return [self.call(LINEAR, *one) for one in zip(operands, weights, biases, strict=True)]
 
     def mask(self, given: dict[str, Any], heads: int) -> fx.Node | None:
         """Both masks as one: booleans say there which keys are hidden, here which are seen; numbers are added."""

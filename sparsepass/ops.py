@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.autograd import forward_ad
 
-from sparsepass import counters
+from sparsepass import counters, dynamo
+from sparsepass.canon import SDPA
 from sparsepass.errors import KernelInputError
 from sparsepass.kernels.dispatch import (
     Scores,
@@ -217,7 +219,7 @@ def _dense(
     """The dense kernel, for lengths that could not be decided when the graph was compiled."""
     gqa = query.shape[1] != key.shape[1]
     if kv_segments is None and left == UNBOUNDED and offset == 0 and right in (UNBOUNDED, 0):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale, is_causal=right == 0, enable_gqa=gqa)
+        return SDPA(query, key, value, scale=scale, is_causal=right == 0, enable_gqa=gqa)
     rows = torch.arange(query.shape[2], device=query.device)[:, None] + offset
     columns = torch.arange(key.shape[2], device=query.device)[None, :]
     visible = torch.ones(rows.shape[0], columns.shape[1], dtype=torch.bool, device=query.device)
@@ -229,8 +231,30 @@ def _dense(
     if kv_segments is not None:
         queries = q_segments[:, :, None] if q_segments is not None else kv_segments.new_zeros(())
         mask = mask & (queries == kv_segments[:, None, :])[:, None]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    out = SDPA(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # rows that see nothing give 0, as the kernels do
+
+
+def refuse_derivatives(arguments: Iterable[tuple[str, Any]]) -> None:
+    """Raises ``KernelInputError`` where a derivative would be lost: the kernels compute none."""
+    for name, given in arguments:
+        if not isinstance(given, torch.Tensor):
+            continue
+        backward = torch.is_grad_enabled() and given.requires_grad
+        if backward or forward_ad.unpack_dual(given).tangent is not None:
+            needs = "requires gradients" if backward else "carries a forward-mode derivative"
+            raise KernelInputError(
+                f"{name} {needs}, and block-sparse attention computes none; call it under torch.no_grad() or with "
+                "detached tensors, or use scaled_dot_product_attention to train."
+            )
+
+
+def _without_derivatives(operator: Any, *arguments: Any, **named: Any) -> Any:
+    """The operator's autograd kernel."""
+    names = [argument.name for argument in operator._schema.arguments]
+    refuse_derivatives([*zip(names, arguments, strict=False), *named.items()])
+    with dynamo.below_autograd():
+        return operator(*arguments, **named)
 
 
 def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -246,6 +270,8 @@ def _watched_fake(query: torch.Tensor, *rest: Any, sampled: int) -> tuple[torch.
 for _device in ("CPU", "CUDA"):
     _library.impl("attention", _attention, _device)
     _library.impl("watched_attention", _watched_attention, _device)
+for _operator in (SPARSE_ATTENTION, WATCHED_ATTENTION):
+    _library.impl(_operator, functools.partial(_without_derivatives, _operator), "Autograd")
 torch.library.register_fake("sparsepass::attention", _fake, lib=_library)
 torch.library.register_fake("sparsepass::watched_attention", _watched_fake, lib=_library)
 

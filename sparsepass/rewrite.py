@@ -14,10 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from sparsepass.canon import METADATA_CHECK, Made, Operand, called_name, mutates, nodes_of, value
+from sparsepass.canon import METADATA_CHECK, SDPA, Made, Operand, called_name, mutates, nodes_of, value
 from sparsepass.entries import budget_text, by_row
 from sparsepass.hints import parse_hint_text
 from sparsepass.mask import MaskTerms, is_bool
@@ -25,6 +24,7 @@ from sparsepass.mask_mutation import mutated_nodes
 from sparsepass.match import Attention, Term, same_size, shape
 from sparsepass.ops import SPARSE_ATTENTION, WATCHED_ATTENTION, default_scale
 from sparsepass.sites import FoundSite
+from sparsepass.strides import lies_alike, restoring, unaware_readers
 from sparsepass.types import EXACT, Align, PlanEntry, Rows
 
 
@@ -74,6 +74,7 @@ class Rewriter:
                 new = self._dense(found) if entry.budget.dense else self._sparse(found, entry)
                 for target, *rest in found.attention.restore:
                     new = self._call(target, new, *(self._node(one) for one in rest))
+                new = self._laid_out(new, old)
             new.meta = {**old.meta, "example_value": value(new)}
             old.replace_all_uses_with(new)
             self._drop_checks(found.attention)
@@ -90,6 +91,20 @@ class Rewriter:
             for user in list(self.nodes[inside].users):
                 if called_name(user) == METADATA_CHECK:
                     self.graph.erase_node(user)
+
+    def _laid_out(self, new: fx.Node, old: fx.Node) -> fx.Node:
+        """``new`` with the strides of ``old``; as it is where nothing can tell, which saves a copy."""
+        if lies_alike(value(new), value(old)):
+            return new
+        if (changed := unaware_readers(old, value(new))) is not None:
+            for reader, held in changed.items():
+                reader.meta["example_value"] = held
+            return new
+        steps = restoring(value(old))
+        assert steps is not None  # the site is refused otherwise
+        for target, *rest in steps:
+            new = self._call(target, new, *rest)
+        return new
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call (of a function, or of a method where ``target`` is a name) and record what it yields."""
@@ -141,7 +156,7 @@ class Rewriter:
             "scale": self._scale(found.attention),
             "enable_gqa": found.site.grouped,
         }
-        return self._call(F.scaled_dot_product_attention, *self._operands(found.attention), **arguments)
+        return self._call(SDPA, *self._operands(found.attention), **arguments)
 
     def _sparse(self, found: FoundSite, entry: PlanEntry) -> fx.Node:
         terms = found.terms

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from sparsepass import dynamo
-from sparsepass.canon import CanonicalGraph, nodes_of, value
+from sparsepass.canon import CanonicalGraph, canonical_op, nodes_of, value
 from sparsepass.hints import NODE_KEY
 from sparsepass.made import Maker
 from sparsepass.mask import MaskTerms, recognize_masks
 from sparsepass.mask_mutation import touched_by
 from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
 from sparsepass.patterns.catalogue import every_pattern
-from sparsepass.patterns.products import is_product
+from sparsepass.patterns.products import PRODUCTS, is_product
+from sparsepass.surroundings import grad_modes, left_alone
 from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
@@ -41,6 +43,8 @@ class FoundSite:
     hint: str | None
     source: str = ""
     """Where its module hangs, as Dynamo writes it: ``L['self'].layers.7.self_attn``."""
+    gradients: bool = False
+    """Whether something in it requires gradients at a place of the graph where they are recorded."""
     layer_shared: bool = False
     """Other layers that the policy treats as this one may run the same graph."""
 
@@ -74,11 +78,16 @@ class Findings:
 def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) -> Findings:
     """Match every anchor of ``graph`` against the patterns. Linear in the graph; nothing is mutated or guarded."""
     catalogue = every_pattern() if catalogue is None else catalogue
-    view, maker = CanonicalGraph(graph), Maker()
+    apart = left_alone(graph)
+    view, maker = CanonicalGraph(graph, apart), Maker()
     masks: dict[tuple[object, ...], MaskTerms | Skip] = {}
     matched: list[Attention] = []
     refused: list[Skip] = []
     for node in graph.nodes:
+        if node in apart:
+            if (skip := _attention_apart(node, apart)) is not None:
+                refused.append(skip)
+            continue
         candidates = [pattern for pattern in catalogue if pattern.anchor == view.ops[node].name]
         if not candidates:
             if (name := _other_kernel(node)) is not None:
@@ -96,8 +105,34 @@ def find_sites(graph: fx.Graph, catalogue: tuple[Pattern, ...] | None = None) ->
             nodes = tuple(dict.fromkeys((node.name, *outcome.nodes)))
             refused.append(Skip(str(outcome.reason), nodes, _module_path(node)))
     matched.sort(key=lambda attention: view.order[attention.output])  # what is made for one serves those after it
-    sites = [_describe(index, attention, masks, view) for index, attention in enumerate(matched)]
+    modes = grad_modes(graph, torch.is_grad_enabled())
+    sites = [
+        replace(_describe(index, attention, masks, view), gradients=_needs_gradients(attention, modes))
+        for index, attention in enumerate(matched)
+    ]
     return Findings(tuple(sites), tuple(refused), view)
+
+
+def _attention_apart(node: fx.Node, apart: Mapping[fx.Node, str]) -> Skip | None:
+    """What is said of attention that is left alone. Its values are not looked at: only what stands around it is."""
+    name = canonical_op(node).name
+    if name != "sdpa" and not (name == "softmax" and _near_product(node)):
+        return None
+    return Skip(f"{node.name!r} {apart[node]}; its attention is left as it is", (node.name,), _module_path(node))
+
+
+def _near_product(node: fx.Node) -> bool:
+    """Whether a product of two computed tensors leads to a node and another reads what becomes of it."""
+
+    def leads(step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
+        around = [node]
+        for _ in range(6):
+            around = list(dict.fromkeys(other for one in around for other in step(one)))[:8]
+            if any(canonical_op(one).name in PRODUCTS for one in around):
+                return True
+        return False
+
+    return leads(lambda one: one.all_input_nodes) and leads(lambda one: one.users)
 
 
 def find_nested(gm: fx.GraphModule) -> tuple[Skip, ...]:
@@ -244,6 +279,14 @@ def _describe(
     custom = attention.output.meta.get("custom") or {}
     source = _module_source(attention.output)
     return FoundSite(site, attention, terms, layer_in_path(module), custom.get(NODE_KEY), source)
+
+
+def _needs_gradients(attention: Attention, modes: Mapping[fx.Node, bool]) -> bool:
+    """Dynamo records what requires gradients under the mode of each node; what is made of nodes has their own."""
+    read: set[fx.Node] = set(attention.region)
+    if modes[attention.output]:
+        read |= set(nodes_of((attention.operands, attention.sinks, [term.operand for term in attention.masks])))
+    return any(getattr(value(node), "requires_grad", False) for node in read)
 
 
 def _mask_terms(

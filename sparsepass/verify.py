@@ -10,6 +10,7 @@ from torch import fx
 from sparsepass.canon import mutates, value
 from sparsepass.errors import GraphInvariantError
 from sparsepass.ops import SPARSE_ATTENTION
+from sparsepass.strides import lies_alike, unaware_readers
 
 
 def verify(
@@ -19,7 +20,9 @@ def verify(
     expected: dict[str, torch.Tensor],
     added: Sequence[str] = (),
 ) -> None:
-    """Raise ``GraphInvariantError`` unless inputs, writes and the replaced values' types are what they were.
+    """Raise ``GraphInvariantError`` unless inputs, writes, and the replaced values' types and strides are kept.
+
+    Strides may differ where no reader can tell.
 
     ``expected``: the fake tensor that each replaced node yielded, by the site's name. ``added``: names of the inputs
     that come after the captured graph's own.
@@ -30,12 +33,18 @@ def verify(
         raise GraphInvariantError(f"the rewritten graph is not well formed: {error}") from error
     _same("inputs", [*_names(before, "placeholder"), *added], _names(after, "placeholder"))
     _same("writes", [n.name for n in before.nodes if mutates(n)], [n.name for n in after.nodes if mutates(n)])
+    captured = {node.name: value(node) for node in before.nodes}
     for name, node in replaced.items():
         held, new = expected[name], value(node)
         if not isinstance(new, torch.Tensor) or tuple(new.shape) != tuple(held.shape) or new.dtype != held.dtype:
             raise GraphInvariantError(
                 f"site {name!r} yielded {tuple(held.shape)} {held.dtype}, its replacement yields "
                 f"{tuple(new.shape) if isinstance(new, torch.Tensor) else new!r}"
+            )
+        if not lies_alike(new, held) and unaware_readers(node, new, lambda reader: captured.get(reader.name)) is None:
+            raise GraphInvariantError(
+                f"site {name!r} yielded strides {tuple(held.stride())}, its replacement yields {tuple(new.stride())}, "
+                f"and {[user.name for user in node.users]} can tell"
             )
         if node.target is SPARSE_ATTENTION and node.args[0] is node:
             raise GraphInvariantError(f"site {name!r} was replaced by a node that reads itself")

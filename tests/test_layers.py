@@ -18,9 +18,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "files",
         # Facts about the outside world, and plain tools.
         "kernels counters dynamo environment versions jsonable drawgraph canon mask_ir rowinputs watch",
-        "made",
+        "made surroundings",
         "hints methods crossover_table match drawlayout mask_values mask_mutation models",
-        "patterns ops crossover policy_rules draw mask_read mix tasks",
+        "patterns ops strides crossover policy_rules draw mask_read mix tasks",
         "testbed policy functional mask_views mask_segments report",
         "mask_terms policy_file report_table testing",
         "mask cli_policy",

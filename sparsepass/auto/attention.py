@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from sparsepass.canon import SDPA
 
 Seen = Callable[[torch.Tensor], None]
 """Is given the weights float32 [B, H, Sq, Skv] of one layer."""
@@ -26,7 +27,7 @@ class Attention(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
+        if function is SDPA:
             self.calls += 1
             self._seen(weights(*args, **kwargs))
         return function(*args, **kwargs)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sparsepass.auto.attention import Attention
 from sparsepass.auto.error import AutoError
@@ -132,7 +131,7 @@ class _Seen:
         most = weights.amax((1, 2))
         self.best = most if self.best is None else torch.maximum(self.best, most)
         blocks = -(-self.length // SPREAD_BLOCK)
-        part = F.pad(weights[:, :, -1], (0, blocks * SPREAD_BLOCK - self.length))
+        part = torch.constant_pad_nd(weights[:, :, -1], (0, blocks * SPREAD_BLOCK - self.length))
         mass = part.unflatten(-1, (blocks, SPREAD_BLOCK)).sum(-1)
         spread = torch.special.entr(mass).sum(-1).mean(-1)
         self._spread = spread if self._spread is None else self._spread + spread
