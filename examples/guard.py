@@ -77,7 +77,7 @@ def find_floors(model: Any, length: int, requests: int) -> dict[int, float]:
     with sparsepass.monitor() as watched:
         for seed in range(requests):
             right(model, TOKEN_TASKS[0].draw(length, CALIBRATION + seed))
-    return {layer.layer: MARGIN * layer.least for layer in watched.report().layers}
+    return {layer.layer: MARGIN * layer.least for layer in watched.report().layers if layer.layer is not None}
 
 
 def serve(model: Any, samples: Sequence[tuple[TokenTask, Sample]]) -> list[Served]:
@@ -101,10 +101,10 @@ def serve(model: Any, samples: Sequence[tuple[TokenTask, Sample]]) -> list[Serve
 def kept_between(before: sparsepass.MassReport, after: sparsepass.MassReport) -> dict[int, float]:
     """Mass kept by layer in the calls between two reports."""
     seen = {(one.used, one.layer): (one.mean * one.rows, one.rows) for one in before.layers}
-    kept = {}
+    kept: dict[int, float] = {}
     for one in after.layers:
         total, rows = seen.get((one.used, one.layer), (0.0, 0))
-        if one.rows > rows:
+        if one.rows > rows and one.layer is not None:
             kept[one.layer] = (one.mean * one.rows - total) / (one.rows - rows)
     return kept
 

@@ -91,8 +91,8 @@ def build_folder(inside: Path | None) -> Iterator[Path]:
     What a killed process left in the cache is removed, too: nobody holds its lock. Raises ``OSError``.
     """
     if inside is None or not os.access(inside, os.W_OK | os.X_OK):
-        with tempfile.TemporaryDirectory(prefix="sparsepass-") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix="sparsepass-") as private:
+            yield Path(private)
         return
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=inside))
     lock = os.open(new, os.O_RDONLY | os.O_CLOEXEC)

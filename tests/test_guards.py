@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,7 +73,7 @@ class Layers(torch.nn.Module):
         return result
 
 
-def at_once(calls: list[Callable[[], list[str]]]) -> list[list[str]]:
+def at_once(calls: Sequence[Callable[[], list[str]]]) -> list[list[str]]:
     """What calls in a thread each run, all begun together."""
     barrier = threading.Barrier(len(calls))
 
@@ -194,7 +194,7 @@ HintsAndLengths.TestCase.settings = settings(
     deadline=None,
     derandomize=not DEEP,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # each step compiles: to shrink would take hours
-    suppress_health_check=list(settings.default.suppress_health_check),
+    suppress_health_check=list(settings().suppress_health_check),
 )
 TestHintsAndLengths = pytest.mark.slow(HintsAndLengths.TestCase)
 
@@ -442,7 +442,9 @@ def test_slots_and_plan_keys_go_with_their_graph(fresh_dynamo: None) -> None:
         gc.collect()
         with sparsepass.record.recording() as recorded:
             budgets_run(torch.compile(attend, backend=sparsepass.backend, options=options()), 200, "multi_hop")
-        return recorded.compiled[0].slots.first, set(plan_keys)
+        slots = recorded.compiled[0].slots
+        assert slots is not None
+        return slots.first, set(plan_keys)
 
     first = compile_one()
     for _ in range(3):

@@ -40,6 +40,7 @@ def measure_floors(
                 for place in range(contexts):
                     meter.score(task, length, found.goal.seed + FLOOR_SEED + place, task.task_class)
             of_class = floors.setdefault((task.task_class, length), {})
-            for layer in watched.report().layers:
-                of_class[layer.layer] = min(MARGIN * layer.least, of_class.get(layer.layer, 1.0))
+            for one in watched.report().layers:
+                if one.layer is not None:  # a policy names layers by their numbers
+                    of_class[one.layer] = min(MARGIN * one.least, of_class.get(one.layer, 1.0))
     return floors
