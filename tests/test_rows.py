@@ -29,7 +29,7 @@ from sparsepass.policy import Policy
 from sparsepass.policy_rules import Rule
 from sparsepass.rowinputs import class_numbers
 from sparsepass.types import DENSE, TASKS, Budget, TaskClass
-from tests.test_guards import BLOCK, HEADS, SITES, attend
+from tests.guard_calls import BLOCK, HEADS, SITES, attend
 from tests.tiny import SPARSE_OPTIONS, model, tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
