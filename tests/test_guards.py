@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -74,7 +74,7 @@ class Layers(torch.nn.Module):
         return result
 
 
-def at_once(calls: list[Callable[[], list[str]]]) -> list[list[str]]:
+def at_once(calls: Sequence[Callable[[], list[str]]]) -> list[list[str]]:
     """What calls in a thread each run, all begun together."""
     barrier = threading.Barrier(len(calls))
 
