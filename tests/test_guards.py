@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
@@ -123,7 +124,7 @@ class HintsAndLengths(RuleBasedStateMachine):
 
     @rule(requests=REQUESTS)
     def in_threads(self, requests: list[tuple[str, int]]) -> None:
-        calls = [lambda task=task, length=length: budgets_run(self.fn, length, task) for task, length in requests]
+        calls = [functools.partial(budgets_run, self.fn, length, task) for task, length in requests]
         with sparsepass.task("dense"):  # not inherited by the threads, which set their own
             assert at_once(calls) == [expected(task, length) for task, length in requests]
 
@@ -194,7 +195,7 @@ HintsAndLengths.TestCase.settings = settings(
     deadline=None,
     derandomize=not DEEP,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # each step compiles: to shrink would take hours
-    suppress_health_check=list(settings().suppress_health_check),
+    suppress_health_check=list(HealthCheck),
 )
 TestHintsAndLengths = pytest.mark.slow(HintsAndLengths.TestCase)
 
@@ -392,7 +393,7 @@ def test_threads_keep_their_hints_while_another_compiles(fresh_dynamo: None) -> 
         compiled = pool.submit(budgets_run, torch.compile(other, backend=slow), 200, "aggregation")
         try:
             assert compiling.wait(300)
-            calls = [lambda task=task, length=length: budgets_run(served, length, task) for task, length in requests]
+            calls = [functools.partial(budgets_run, served, length, task) for task, length in requests]
             assert at_once(calls) == [expected(task, length) for task, length in requests]
             with sparsepass.task("dense"):
                 assert sparsepass.current_task() is TaskClass.DENSE

@@ -422,3 +422,14 @@ def test_the_documented_file_is_read_and_means_what_the_text_says() -> None:
     assert example is not None
     policy = Policy.from_json(json.loads(example[1]))
     assert policy.budget(TaskClass.SINGLE_QA, policy.bucket(40_000), layer=3) == pooled(0.08)
+
+
+def test_a_file_of_the_same_size_and_time_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    found = []
+    for density in (0.1, 0.9):
+        rule = {"task": "*", "budget": {"method": "pooled_topk", "density": density}}
+        path.write_text(json.dumps({"version": 1, "rules": [rule]}), encoding="utf-8")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        found.append(resolve_policy(path).rules[0].budget.params["density"])
+    assert found == [0.1, 0.9]
