@@ -55,8 +55,8 @@ def check_kernel(match: Match) -> Attention | Skip:
 def check_other_kernel(match: Match) -> Skip:
     node = match.output
     return Skip(
-        f"this calls the attention kernel {called_name(node)!r} itself; call F.scaled_dot_product_attention, which picks "
-        "such a kernel",
+        f"this calls the attention kernel {called_name(node)!r} itself; call F.scaled_dot_product_attention, which "
+        "picks such a kernel",
         (node.name,),
     )
 
