@@ -227,7 +227,7 @@ def test_operations_called_by_their_aten_names_are_matched(name: str) -> None:
 def test_a_kernel_whose_other_results_are_used_is_named() -> None:
     def both(q: T, k: T, v: T) -> T:
         out, lse = ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return out * lse.mean()
-        return out
+        mixed: T = out * lse.mean()
+        return mixed
 
     assert "SDPA's kernel" in reasons(run(both, qkv()))[0]
