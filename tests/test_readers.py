@@ -87,7 +87,7 @@ def valid() -> dict[str, tuple[Callable[[Path], object], Any]]:
         "curves": (crossover, {"version": 1, "curves": [curve], "fallback": {"cpu": [[1024, 0.5]]}}),
         "measured": (crossover, {"records": [RECORD], "date": "2030-01-01"}),
         "tuning": (tuning, {"format": "sparsepass.tuning", "version": 1, "devices": [tuned]}),
-        "report": (lambda file: Report.from_json(file.read_text(errors="replace")), json.loads(Report().to_json())),
+        "report": (lambda file: Report.from_json(file.read_text(errors="replace")), json.loads(Report(()).to_json())),
         "log": (log, {"format": "sparsepass.calibration", "version": 1, "conditions": {"weights": "w"}}),
         "documents": (
             lambda file: read_documents(file, Bytes()),
