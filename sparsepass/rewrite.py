@@ -65,7 +65,9 @@ class Rewriter:
         """Nodes of the captured graph that are written to: what is made of them holds at one place only."""
         return mutated_nodes(next(iter(self.nodes)).graph)
 
+    @torch.no_grad()
     def apply(self, sites: Sequence[FoundSite], entries: Sequence[PlanEntry]) -> None:
+        """Replace the sites that are planned to be. None of them needs gradients, whatever mode the caller is in."""
         for found, entry in zip(sites, entries, strict=True):
             if not entry.rewritten:
                 continue
