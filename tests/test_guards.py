@@ -243,6 +243,23 @@ def test_twelve_plans_do_not_hit_the_recompile_limit(fresh_dynamo: None) -> None
             assert (counters.total() - before).computed == expected_blocks(task, length)
 
 
+def test_the_order_of_graphs_is_kept_once_a_second_thread_compiles(
+    fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else threads miss graphs that another one moves, and compile them again up to the recompile limit."""
+    moved: list[bool] = []
+    monkeypatch.setattr(torch._C._dynamo.eval_frame, "_set_lru_cache", moved.append, raising=False)
+    monkeypatch.setattr(dynamo, "_threads", set())
+    dynamo._keep_order_of_graphs.cache_clear()
+    fn = torch.compile(attend, backend=sparsepass.backend, options=options())
+    budgets_run(fn, 200, "multi_hop")
+    assert moved == []
+    with ThreadPoolExecutor(1) as pool:
+        for task in ("single_qa", "multi_qa"):
+            pool.submit(budgets_run, fn, 200, task).result()
+    assert moved == [False]
+
+
 def expected_blocks(task: str | None, length: int) -> int:
     """Blocks that the plan stands for: rows of i + 1 visible blocks, at most k kept, three always."""
     if not expected(task, length):
