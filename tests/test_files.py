@@ -379,3 +379,4 @@ def test_a_policy_is_named_by_no_path_with_a_null_byte() -> None:
 def test_ranges_that_touch_are_one() -> None:
     assert Ranges.parse("4-7,0-3") == Ranges.parse("0-7")
     assert str(Ranges.parse("0,1,2,5-9,3-")) == "0-"
+    assert str(Ranges.parse("0-9,2-3")) == "0-9"
