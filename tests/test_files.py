@@ -380,3 +380,12 @@ def test_ranges_that_touch_are_one() -> None:
     assert Ranges.parse("4-7,0-3") == Ranges.parse("0-7")
     assert str(Ranges.parse("0,1,2,5-9,3-")) == "0-"
     assert str(Ranges.parse("0-9,2-3")) == "0-9"
+
+
+def test_a_rule_keeps_its_budget_in_the_canonical_form() -> None:
+    spelled = Budget("pooled_topk", {"density": 0.1, "last": 0, "block": None})
+    assert Rule(None, spelled).budget == Budget("pooled_topk", {"density": 0.1})
+    assert (
+        Policy(rules=(Rule(None, spelled),)).fingerprint
+        == Policy(rules=(Rule(None, Budget("pooled_topk", {"density": 0.1})),)).fingerprint
+    )
