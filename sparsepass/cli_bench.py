@@ -98,9 +98,11 @@ def plot(
 ) -> None:
     """Draw the plots of a result: speedup, rate, time against density, share of selection, error against time."""
     from sparsepass.bench.plots import draw
-    from sparsepass.bench.result import Result
+    from sparsepass.bench.result import Result, legible
 
-    written = draw(Result.load(file), folder or file.parent, file.stem)
+    result = Result.load(file)
+    with legible(file):
+        written = draw(result, folder or file.parent, file.stem)
     if not written:
         raise OptionError(f"{file} holds nothing to draw: no variant was timed.")
     for picture in written:
@@ -110,7 +112,9 @@ def plot(
 @bench_app.command()
 def show(file: Annotated[Path, _RESULT]) -> None:
     """Print the tables of a result again."""
-    from sparsepass.bench.result import Result
+    from sparsepass.bench.result import Result, legible
     from sparsepass.bench.tables import show as print_tables
 
-    print_tables(Result.load(file))
+    result = Result.load(file)
+    with legible(file):
+        print_tables(result)

@@ -106,7 +106,7 @@ def check_input(path: str | os.PathLike[str], error: Kind) -> None:
         if not os.access(path, os.R_OK):
             raise PermissionError(0, "reading is not allowed")
     except (OSError, ValueError) as problem:
-        raise error(f"{quoted_path(path)} cannot be read: {_reason(problem)}.") from problem
+        raise error(f"{quoted_path(path)} is no file that can be read: {_reason(problem)}.") from problem
 
 
 def check_folder(path: str | os.PathLike[str], error: Kind) -> None:

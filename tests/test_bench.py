@@ -289,7 +289,7 @@ def test_typer_passes_the_same_options(monkeypatch: pytest.MonkeyPatch, tmp_path
         (["op", "--methods", "pooled_topk=7"], "density is 7"),
         (["op", "--peer-file", "none.py"], "is no file"),
         (["model", "--hints", "singel_qa"], "single_qa"),
-        (["show", "none.json"], "not JSON"),
+        (["show", "none.json"], "cannot be read"),
     ],
 )
 def test_errors_are_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

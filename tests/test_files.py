@@ -374,3 +374,18 @@ def test_a_policy_is_named_by_no_path_with_a_null_byte() -> None:
         with pytest.raises(PolicyError, match="cannot be read") as caught:
             resolve_policy(path)
         assert len(str(caught.value)) < 500
+
+
+def test_ranges_that_touch_are_one() -> None:
+    assert Ranges.parse("4-7,0-3") == Ranges.parse("0-7")
+    assert str(Ranges.parse("0,1,2,5-9,3-")) == "0-"
+    assert str(Ranges.parse("0-9,2-3")) == "0-9"
+
+
+def test_a_rule_keeps_its_budget_in_the_canonical_form() -> None:
+    spelled = Budget("pooled_topk", {"density": 0.1, "last": 0, "block": None})
+    assert Rule(None, spelled).budget == Budget("pooled_topk", {"density": 0.1})
+    assert (
+        Policy(rules=(Rule(None, spelled),)).fingerprint
+        == Policy(rules=(Rule(None, Budget("pooled_topk", {"density": 0.1})),)).fingerprint
+    )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sparsepass.auto.probe import Probe
 from sparsepass.auto.records import Records
 from sparsepass.auto.router import Router, Term
-from sparsepass.bench.result import Result
+from sparsepass.bench.result import Result, legible
 from sparsepass.bench.tables import show
 from sparsepass.calibrate.cell import Outcome
 from sparsepass.calibrate.log import Log
@@ -52,6 +52,12 @@ def crossover(file: Path) -> object:
     return parse(read_json(file, "crossover file", OptionError), "file")
 
 
+def shows(file: Path) -> None:
+    result = Result.load(file)
+    with legible(file):
+        show(result)
+
+
 def tuning(file: Path) -> object:
     return store.merged(file, store.entry({**KEY, "device_type": "cuda", "date": "2030-01-01"}, {}, {}))
 
@@ -77,7 +83,7 @@ def valid() -> dict[str, tuple[Callable[[Path], object], Any]]:
             {"version": 1, "about": {}, "places": [{**places, "right": [1], "signals": {"entropy": [0.5]}}]},
         ),
         "result": (
-            lambda file: show(Result.load(file)),
+            shows,
             json.loads(Result("kernel", KEY, records=[TIMED]).to_text()),
         ),
         "sweep": (

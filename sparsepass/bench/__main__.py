@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparsepass.bench.arguments import parse
 from sparsepass.bench.commands import COMMANDS
-from sparsepass.bench.result import Result
+from sparsepass.bench.result import Result, legible
 from sparsepass.errors import SparsepassError
 
 
@@ -34,11 +34,12 @@ def _read(what: str, files: Sequence[str]) -> int:
         return 2
     file = Path(files[0])
     result = Result.load(file)
-    if what == "show":
-        show(result)
-        return 0
-    for picture in draw(result, Path(files[1]) if len(files) > 1 else file.parent, file.stem):
-        print(picture)
+    with legible(file):
+        if what == "show":
+            show(result)
+            return 0
+        for picture in draw(result, Path(files[1]) if len(files) > 1 else file.parent, file.stem):
+            print(picture)
     return 0
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsepass.errors import OptionError, quoted_path
+from sparsepass.errors import SHOWN, OptionError, SparsepassError, quoted_path
 from sparsepass.files import check_output, read_json, write_whole
 
 FORMAT, VERSION = "sparsepass.bench", 1
@@ -60,6 +61,18 @@ class Result:
             if not all(isinstance(one, dict) and isinstance(one.get("variant"), str) for one in held.get(name, ())):
                 raise OptionError(f"{quoted_path(file)}: {name!r} has an entry without a 'variant'; measure again.")
         return cls(**held)
+
+
+@contextmanager
+def legible(file: Path) -> Iterator[None]:
+    """Where the records of a file are shown: raises ``OptionError`` if one is not as ``sparsepass bench`` writes it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        if isinstance(error, SparsepassError):
+            raise
+        reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)[:SHOWN]
+        raise OptionError(f"{quoted_path(file)} has a record that cannot be shown: {reason}; measure again.") from error
 
 
 def shape_of(record: Mapping[str, Any]) -> tuple[Any, ...]:

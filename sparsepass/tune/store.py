@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsepass.crossover_table import fit, parse_records
-from sparsepass.errors import OptionError, quoted_path, shown_path
+from sparsepass.errors import OptionError, quoted_path
 from sparsepass.files import check_output, read_json, write_whole
 from sparsepass.kernels.tuned import FORMAT, VERSION, devices, is_tuning, parse_tile
 
@@ -79,7 +79,23 @@ def held_devices(out: Path) -> list[Any]:
         raise OptionError(
             f"{quoted_path(out)} is there and is no tuning file of this version; remove it, or give --out."
         )
-    return list(devices(data, shown_path(out)))
+    where = f"{quoted_path(out)} is there; remove it, or give --out"
+    parse_records(data, where)
+    for device in (found := list(devices(data, where))):
+        if not all(_is_entry(one) for part in ("records", "tiles") for one in _listed(device.get(part))):
+            raise OptionError(f"{where}: an entry is not as sparsepass tune writes it.")
+        if not isinstance(device.get("measured", ""), str) or not isinstance(device.get("tiles_tried", []), list):
+            raise OptionError(f"{where}: an entry is not as sparsepass tune writes it.")
+    return found
+
+
+def _listed(part: Any) -> list[Any]:
+    """A part of a device's entry; what is no list is one entry that is none."""
+    return [] if part is None else part if isinstance(part, list) else [part]
+
+
+def _is_entry(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("dtype"), str) and isinstance(one.get("head_dim"), int)
 
 
 def merged(out: Path, new: Mapping[str, Any]) -> dict[str, Any]:
