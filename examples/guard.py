@@ -77,7 +77,7 @@ def find_floors(model: Any, length: int, requests: int) -> dict[int, float]:
     with sparsepass.monitor() as watched:
         for seed in range(requests):
             right(model, TOKEN_TASKS[0].draw(length, CALIBRATION + seed))
-    return {layer.layer: MARGIN * layer.least for layer in watched.report().layers}
+    return {layer.layer: MARGIN * layer.least for layer in watched.report().layers if layer.layer is not None}
 
 
 def serve(model: Any, samples: Sequence[tuple[TokenTask, Sample]]) -> list[Served]:
@@ -104,7 +104,7 @@ def kept_between(before: sparsepass.MassReport, after: sparsepass.MassReport) ->
     kept = {}
     for one in after.layers:
         total, rows = seen.get((one.used, one.layer), (0.0, 0))
-        if one.rows > rows:
+        if one.layer is not None and one.rows > rows:
             kept[one.layer] = (one.mean * one.rows - total) / (one.rows - rows)
     return kept
 

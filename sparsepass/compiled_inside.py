@@ -48,9 +48,7 @@ def _reached(target: Any) -> Iterator[Any]:
 def _parts(owner: Any) -> Iterator[Any]:
     """The modules of a model or of an object that holds models, and what was compiled among their methods."""
     holders = [owner, *(held for held in vars(owner).values() if isinstance(held, nn.Module))]
-    modules = dict.fromkeys(
-        module for held in holders if isinstance(held, nn.Module) for module in held.modules()
-    )
+    modules = dict.fromkeys(module for held in holders if isinstance(held, nn.Module) for module in held.modules())
     for one in (owner, *modules):
         yield one
         yield from vars(one).values()

@@ -1,4 +1,4 @@
-"""Attention that no captured graph holds in a known form: told once, since nothing else shows that a model stays dense."""
+"""Attention that no captured graph holds in a known form: told once, since nothing else shows it."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import inspect
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -44,11 +43,12 @@ def explain(
 ) -> Report:
     """Call ``target(*args, **kwargs)`` once, without gradients, and report every attention site.
 
-    ``target`` is a model, a function, or something compiled already (by ``torch.compile(..., backend="sparsepass")`` or
-    ``model.compile(...)``) or of which a part is, such as single layers: that is then run as it is, under its own policy
-    and options. A model or function in which nothing is compiled is compiled for this one call, without Inductor. A method such as ``model.generate`` is run as it is: if nothing in it is compiled, the
-    report says so. ``task``: hint in force during the call, or a list of one per row of the batch. ``options``: as for
-    ``torch.compile``. Raises ``OptionError``, ``PolicyError`` or ``HintError`` for what is not accepted.
+    ``target`` is a model or a function. Where it is compiled already (by ``torch.compile(..., backend="sparsepass")`` or
+    ``model.compile(...)``), or a part of it is, such as single layers, it is run as it is, under its own policy and
+    options. Else it is compiled for this one call, without Inductor. A method such as ``model.generate`` is run as it
+    is: if nothing in it is compiled, the report says so. ``task``: hint in force during the call, or a list of one per
+    row of the batch. ``options``: as for ``torch.compile``. Raises ``OptionError``, ``PolicyError`` or ``HintError``
+    for what is not accepted.
     """
     runnable, notes = _prepare(target, policy, options)
     breaks = dynamo.graph_breaks()

@@ -1,7 +1,7 @@
 """Which layer each attention site of a graph is, where a policy has budgets by layer.
 
-A graph may serve several layers: layers that are compiled one by one share their code. So a number that a module holds is
-guarded, by the stretch of layers that the policy treats alike. A number that cannot be guarded is not known.
+A graph may serve several layers: layers that are compiled one by one share their code. So a number that a module holds
+is guarded, by the stretch of layers that the policy treats alike. A number that cannot be guarded is not known.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def number_layers(findings: Findings, policy: Policy) -> tuple[Findings, tuple[d
     held: dict[str, dict[Place, int]] = {}
     sites = []
     for found in findings.sites:
-        root, place = _parse(found.source)
+        # A frame's own module is in no path: its parts are.
+        root, place = _parse(found.source) if found.source else (dynamo.only_module(), ())
         module = dynamo.root_object(root) if root and _matters(found, policy) else None
         if module is None:
             sites.append(found)
@@ -87,7 +88,7 @@ def _differs(policy: Policy, length: int | None, heads: int) -> bool:
 
 
 def _parse(source: str) -> tuple[str, Place]:
-    """``L['self']._modules['layers'][7].self_attn`` as ``L['self']`` and the names after it; nothing if it is another."""
+    """``L['self']._modules['layers'][7].self_attn`` as ``L['self']`` and the names after it; else nothing."""
     match = re.match(r"[LG]\['\w+'\]", source)
     if match is None:
         return "", ()

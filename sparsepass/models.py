@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from pathlib import Path
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsepass.errors import SparsepassError

@@ -140,7 +140,9 @@ class CompiledGraph:
         else:
             self.elsewhere.ran()
         if self._layers and not dynamo.ObjectGuard.all_passed(self._layers):
-            return self._run_dense(args, f"the layers that it was compiled for ({self._layers[0].text}) were not checked")
+            return self._run_dense(
+                args, f"the layers that it was compiled for ({self._layers[0].text}) were not checked"
+            )
         if self._wanted is None:
             return self.compiled(*args, *(source.make(TaskClass.UNKNOWN, args) for source in self._row_sources))
         hint = self.settings.wanted()

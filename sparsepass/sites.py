@@ -21,7 +21,10 @@ from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
 """Attention over fewer is left alone: there is no block to leave out."""
-_ATTENDS = re.compile(r"(?:flash|paged|varlen|efficient)_?(?:attn|attention|mla)|(?:attn|attention)(?:_func|_forward|_fwd)|::attention", re.I)
+_ATTENDS = re.compile(
+    r"(?:flash|paged|varlen|efficient)_?(?:attn|attention|mla)|(?:attn|attention)(?:_func|_forward|_fwd)|::attention",
+    re.I,
+)
 TOO_FEW = "too few to be tokens (layers, streams, patches of one window)"
 
 
@@ -175,7 +178,9 @@ def _other_kernel(node: fx.Node) -> str | None:
         return None
     target: Any = node.target
     schema = getattr(target, "_schema", None) or getattr(getattr(target, "default", None), "_schema", None)
-    name = schema.name if schema is not None else f"{getattr(target, '__module__', '')}::{getattr(target, '__name__', '')}"
+    name = (
+        schema.name if schema is not None else f"{getattr(target, '__module__', '')}::{getattr(target, '__name__', '')}"
+    )
     package = re.split(r"::|\.", name)[0]
     if package in ("", "None", "aten", "prims", "torch", "sparsepass", "builtins", "_operator", "math"):
         return None

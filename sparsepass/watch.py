@@ -117,11 +117,11 @@ class Watch:
     calls: int = 0
     unseen: int = 0
     """Calls inside a CUDA graph that the user captures: what they keep cannot be read."""
-    kept: dict[tuple[TaskClass, TaskClass, str, int], Kept] = field(default_factory=dict)
+    kept: dict[tuple[TaskClass, TaskClass, str, int | None], Kept] = field(default_factory=dict)
     """By class given, class in force, name of the site and its layer."""
     raised: dict[TaskClass, TaskClass] = field(default_factory=dict)
     events: list[Raised] = field(default_factory=list)
-    floors: dict[tuple[TaskClass, str, int], float] = field(default_factory=dict)
+    floors: dict[tuple[TaskClass, str, int | None], float] = field(default_factory=dict)
     _pending: deque[_Pending] = field(default_factory=deque)
     _mixed: dict[Rows, Rows] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.RLock)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sparsepass
 from sparsepass import dynamo
 from sparsepass.inspection import explain
 from sparsepass.layer_numbers import layer_of

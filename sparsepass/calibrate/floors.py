@@ -41,5 +41,7 @@ def measure_floors(
                     meter.score(task, length, found.goal.seed + FLOOR_SEED + place, task.task_class)
             of_class = floors.setdefault((task.task_class, length), {})
             for layer in watched.report().layers:
+                if layer.layer is None:  # a rule's floor needs a number
+                    continue
                 of_class[layer.layer] = min(MARGIN * layer.least, of_class.get(layer.layer, 1.0))
     return floors

@@ -46,10 +46,9 @@ def setting_text(setting: Setting | None) -> str:
 
 
 def layer_budget(setting: Setting | None, layer: int | None) -> Budget | None:
-    """What a setting gives a layer; ``None`` is dense. A layer that it does not know, or that is not known, stays dense."""
+    """What a setting gives a layer; ``None`` is dense. A layer outside it, or unknown, stays dense."""
     if isinstance(setting, Layered):
-        known = layer is not None and layer < len(setting.budgets)
-        return setting.budgets[layer] if known else None
+        return setting.budgets[layer] if layer is not None and layer < len(setting.budgets) else None
     return setting
 
 

@@ -83,9 +83,7 @@ class TwoBudgets:
     def compiled(self) -> list[CompiledGraph]:
         """The graphs at the density in force that hold attention."""
         made = [graph[self.active] for graph in self.graphs]
-        return [
-            one for one in made if isinstance(one, CompiledGraph) and (one.findings.sites or one.findings.refused)
-        ]
+        return [one for one in made if isinstance(one, CompiledGraph) and (one.findings.sites or one.findings.refused)]
 
 
 def measure(model: Any, call: Call, *, decode: bool = False, fused: bool = False) -> Record:
