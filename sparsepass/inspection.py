@@ -43,8 +43,8 @@ def explain(
 ) -> Report:
     """Call ``target(*args, **kwargs)`` once, without gradients, and report every attention site.
 
-    ``target`` is a model or a function. Where it is compiled already (by ``torch.compile(..., backend="sparsepass")`` or
-    ``model.compile(...)``), or a part of it is, such as single layers, it is run as it is, under its own policy and
+    ``target`` is a model or a function. Where it is compiled already (by ``model.compile(backend="sparsepass")`` or
+    ``torch.compile``), or a part of it is, such as single layers, it is run as it is, under its own policy and
     options. Else it is compiled for this one call, without Inductor. A method such as ``model.generate`` is run as it
     is: if nothing in it is compiled, the report says so. ``task``: hint in force during the call, or a list of one per
     row of the batch. ``options``: as for ``torch.compile``. Raises ``OptionError``, ``PolicyError`` or ``HintError``
