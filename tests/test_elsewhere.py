@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class DisabledAttention(Attention):
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, heads: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(heads, heads, heads)
 
