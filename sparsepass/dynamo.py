@@ -182,6 +182,17 @@ def frame_modules() -> list[torch.nn.Module]:
     return [one for one in held if isinstance(one, torch.nn.Module)]
 
 
+def only_module() -> str:
+    """The name, as of ``root_object``, of the one variable that holds a module in the frame being compiled.
+
+    Empty where there is none, or where there are several.
+    """
+    output = _frame_output()
+    scope = {} if output is None else output.local_scope
+    names = [name for name, held in scope.items() if isinstance(held, torch.nn.Module)]
+    return f"L['{names[0]}']" if len(names) == 1 else ""
+
+
 def _frame_output() -> Any:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 

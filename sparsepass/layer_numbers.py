@@ -34,7 +34,8 @@ def number_layers(findings: Findings, policy: Policy) -> tuple[Findings, tuple[d
     held: dict[str, dict[Place, int]] = {}
     sites = []
     for found in findings.sites:
-        root, place = _parse(found.source)
+        # A frame's own module is in no path: its parts are.
+        root, place = _parse(found.source) if found.source else (dynamo.only_module(), ())
         module = dynamo.root_object(root) if root and _matters(found, policy) else None
         if module is None:
             sites.append(found)

@@ -96,7 +96,9 @@ def load_model(path: str, *, attn: str, dtype: torch.dtype, device: str) -> Any:
         ModelError: transformers is missing, or the folder holds no such model.
     """
     if not Path(path).is_dir():
-        raise ModelError(f"There is no such folder: {path!r}. Give a local checkpoint folder; nothing is downloaded.")
+        raise ModelError(
+            f"Cannot load a model from {path!r}: no such folder. Give a local checkpoint folder; nothing is downloaded."
+        )
     transformers = _transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
