@@ -217,6 +217,14 @@ def hint_value(length: int | torch.SymInt) -> int | None:
     return int(node.hint) if node.has_hint() else None
 
 
+def typical_value(size: int | torch.SymInt) -> int:
+    """The size this call came with, or one that an unbacked symbol may have: for orders of magnitude. No guard."""
+    if (known := hint_value(size)) is not None:
+        return known
+    assert isinstance(size, torch.SymInt)  # a number is known
+    return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, 4096)))
+
+
 def can_guard(length: int | torch.SymInt) -> bool:
     """Whether a guard may narrow ``length``: not for unbacked symbols, nor where the user fixed the range.
 

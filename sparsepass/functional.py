@@ -242,12 +242,10 @@ def _visible(
     q_len, kv_len = query.shape[2], key.shape[2]
     if window is not None and (type(window) is not int or window < 1):
         raise KernelInputError(f"window is {window!r}; accepted is a whole number of keys, 1 or more.")
-    for name, given in (("segments", segments), ("cu_seqlens", cu_seqlens), ("key_padding", key_padding)):
-        if given is not None:
-            _check_integers(name, given, query)
     if segments is not None and cu_seqlens is not None:
         raise KernelInputError("Give segments or cu_seqlens, not both: they say the same thing.")
     if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens, query)
         if query.shape[0] != 1:
             raise KernelInputError(f"cu_seqlens needs batch 1 (one packed row); query has batch {query.shape[0]}.")
         segments = segments_from_cu_seqlens(cu_seqlens, kv_len)
@@ -260,6 +258,9 @@ def _visible(
         raise KernelInputError(
             f"key_padding has shape {tuple(key_padding.shape)}; accepted is [{query.shape[0]}, {kv_len}]."
         )
+    for name, given in (("segments", segments), ("key_padding", key_padding)):
+        if given is not None:
+            _check_integers(name, given, query)
     kv_segments = None if segments is None else segments.to(torch.int32)
     q_segments = None if kv_segments is None else torch.where(kv_segments < 0, -2, kv_segments)  # padding sees nothing
     if key_padding is not None:

@@ -89,7 +89,7 @@ def restoring(captured: torch.Tensor) -> Steps | None:
     for size, stride in reversed([*zip(sizes[:-1], strides[:-1], strict=True)]):
         if not (same_size(size, 1) or same_size(stride, dense)):
             return None
-        dense = dense * size
+        dense = dense * (size if dynamo.hint_value(size) is not None else torch.sym_max(1, size))
     cut: Steps = ()
     if not same_size(width, sizes[-1]):
         if not (isinstance(width, int) and isinstance(sizes[-1], int) and width > sizes[-1]):
@@ -105,7 +105,7 @@ def restoring(captured: torch.Tensor) -> Steps | None:
 def _memory_order(held: torch.Tensor) -> list[int]:
     """Dimensions from the largest stride to the smallest; those of size 1 first, where they do no harm.
 
-    Symbolic strides are compared by their current values, without a guard.
+    Symbolic strides are compared by their current values, unbacked ones by typical values, without a guard.
     """
-    strides = [dynamo.hint_value(stride) or 0 for stride in held.stride()]
+    strides = [dynamo.typical_value(stride) for stride in held.stride()]
     return sorted(range(held.dim()), key=lambda dim: (not same_size(held.shape[dim], 1), -strides[dim]))

@@ -322,7 +322,7 @@ def test_figures_with_score_terms(kind: str) -> None:
     else:
         terms["slopes"] = torch.tensor([0.001, 0.01, 0.1, 1.0])
     names = ("softcap", "slopes", "bias", "mask", "sinks")
-    given = [terms.get(name, 0.0 if name == "softcap" else None) for name in names]
+    given = [terms.get(name) for name in names]
     text = PooledTopK(0.45, BLOCK).text()
     _, kept = torch.ops.sparsepass.watched_attention(
         q, k, v, None, None, 0.25, -1, 0, False, text, 0, None, *given, sampled=32

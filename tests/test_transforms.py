@@ -117,7 +117,7 @@ def test_jagged_tensors_are_left_alone() -> None:
         seen = Seen(model)
         torch.testing.assert_close(seen(nested).transpose(1, 2).values(), want, rtol=1e-4, atol=1e-5)
     assert seen.sparse == 0
-    assert "NestedTensor" in seen.reasons
+    assert any("NestedTensor" in reason for graph in seen.graphs for reason in graph.findings.view.left_alone.values())
 
 
 def two(tensor: T) -> T:
@@ -199,7 +199,7 @@ def test_torch_modules_call_replaced_functions(monkeypatch: pytest.MonkeyPatch, 
 
     x = torch.randn(2, 64, 32, generator=G)
     with torch.no_grad():
-        want = model(x)
+        want = torch.compile(model, backend="eager")(x)  # run as it is, the module has a faster way without them
         torch.testing.assert_close(Seen(model)(x), want, rtol=1e-4, atol=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_the_op_calls_torchs_own_functions(monkeypatch: pytest.MonkeyPatch) -> N
     want = fused(Q, K, V)
     for name in ("scaled_dot_product_attention", "linear", "softmax", "pad"):
         monkeypatch.setattr(F, name, never)
-    for budget in ("dense", "full", "pooled_topk(density=1.0, block=64)", "top_p(p=1.0, block=64)"):
+    for budget in ("dense", "full", "pooled_topk(density=1.0, block=64)", "top_p(coverage=1.0, block=64)"):
         out = SPARSE_ATTENTION(Q, K, V, None, None, 0.25, -1, 0, False, budget, 0)
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
 

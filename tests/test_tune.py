@@ -26,7 +26,7 @@ from sparsepass.environment import cpu_name
 from sparsepass.errors import OptionError
 from sparsepass.kernels import tuned
 from sparsepass.kernels.spec import AttendTile, attend_tile
-from sparsepass.kernels.tuned import TUNING_ENV, default_file, read_json, tile_for, tuning_file
+from sparsepass.kernels.tuned import TUNING_ENV, default_file, tile_for, tuning_file, tuning_json
 from sparsepass.tune import measure, run, store
 from sparsepass.tune.__main__ import main
 from sparsepass.tune.grid import QUICK_DENSITIES, CrossoverPoint, TilePoint, TuneOptions, candidates, points
@@ -421,6 +421,6 @@ def test_a_tuning_file_of_the_same_size_and_time_is_told_apart(tmp_path: Path) -
     for number in (1, 2):
         path.write_text(f'{{"version": {number}}}', encoding="utf-8")
         os.utime(path, (1_700_000_000, 1_700_000_000))
-        found.append(read_json(path))
-        assert read_json(path) == found[-1]
+        found.append(tuning_json(path))
+        assert tuning_json(path) == found[-1]
     assert found == [{"version": 1}, {"version": 2}]

@@ -54,7 +54,7 @@ class BudgetSwitch:
         run = self._switched(sparse)
         exact = _without_dead_masks(dense)
 
-        def call(*args: Any, slots: Any = sparse.slots) -> Any:  # which the sites of ``run`` count in: it keeps them
+        def call(*args: Any, kept: Any = (dense, sparse)) -> Any:  # what the guards and the sites' counts need
             return exact(*args) if self.active is None else run(*args)
 
         return call

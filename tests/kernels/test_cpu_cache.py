@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsepass.errors import OptionError
 from sparsepass.kernels import cpu_build, cpu_cache, tuned
@@ -112,7 +113,12 @@ def test_a_cache_that_is_a_file_and_no_home_at_all(
 def test_nothing_is_left_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor of a process that was killed while it built; one that still builds is left alone."""
     places: list[Path] = []
-    monkeypatch.setattr(cpu_build, "_compile", lambda compiler, folder: places.append(folder) or LIBRARY)
+
+    def noted(compiler: object, folder: Path) -> bytes:
+        places.append(folder)
+        return LIBRARY
+
+    monkeypatch.setattr(cpu_build, "_compile", noted)
     cache = cpu_build.build().parent
     assert places[0].parent == cache
     dead, alive = cache / ".build-dead", cache / ".build-alive"
@@ -142,7 +148,7 @@ def test_the_name_depends_on_all_that_the_library_does(monkeypatch: pytest.Monke
         (cpu_build, "FLAGS", (*cpu_build.FLAGS, "-O1")),
         (cpu_build, "SOURCES", (source,)),
         (cpu_build, "_machine", lambda: "another"),
-        (cpu_build.torch, "__version__", "0.0"),
+        (torch, "__version__", "0.0"),
     ]
     for owner, name, value in changes:
         with monkeypatch.context() as patch:
