@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def test_the_folder_is_private_and_the_library_is_kept() -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
-BROKEN = {
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda good: b"",
     "half": lambda good: good[: len(good) // 2],
     "a byte less": lambda good: good[:-1],
