@@ -1,9 +1,9 @@
-"""Write the README's tables of measured results from the JSON files in this folder.
+"""Write the tables of docs/results.md, and the one in README.md, from the JSON files in this folder.
 
-    python docs/measurements/results.py           # rewrites the part of README.md between the markers
-    python docs/measurements/results.py --check   # exit status 1 if that part is not what the files say
+    python docs/measurements/results.py           # rewrites what stands between the markers of both
+    python docs/measurements/results.py --check   # exit status 1 if that is not what the files say
 
-One table per ``end_to_end*.json``, ``cpu_attention*.json``, ``hopper_kernel*.json``, ``error_time*.json`` and
+The README's table is that of ``end_to_end_h200.json``. docs/results.md has one table per ``end_to_end*.json``, ``cpu_attention*.json``, ``hopper_kernel*.json``, ``error_time*.json`` and
 ``density_fit*.json`` (of the scripts of these names), ``tuning_*.json`` (of ``sparsepass tune``) and ``bench_*.json``
 (of ``sparsepass bench kernel`` and ``op``), under it the command that measured it.
 """
@@ -12,19 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-README = FOLDER.parent.parent / "README.md"
+ROOT = FOLDER.parent.parent
+RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
+HEADLINE = FOLDER / "end_to_end_h200.json"
 BEGIN, END = "<!-- results: written by docs/measurements/results.py -->", "<!-- end of results -->"
 
 
 def seconds(value: float) -> str:
-    if value >= 1:
-        return f"{value:.2f} s"
-    return f"{value * 1e3:.0f} ms" if value >= 0.01 else f"{value * 1e3:.2f} ms"
+    """A time of two significant digits, of three from 100 on."""
+    number, unit = (value, "s") if value >= 1 else (value * 1e3, "ms")
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}" if number >= 1 else f"{number:.2g} {unit}"
+
+
+def setting(text: str) -> str:
+    """A budget's text with its numbers rounded to two significant digits."""
+    return re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2g}", text)
 
 
 def length_text(length: int) -> str:
@@ -41,7 +50,7 @@ def cell(record: dict[str, Any] | None) -> str:
 
 def ratio(by: dict[tuple[str, int], dict[str, Any]], length: int, other: str, variant: str) -> str:
     base, own = by.get((other, length), {}).get("median_s"), by.get((variant, length), {}).get("median_s")
-    return f"{base / own:.2f}x" if base and own else "-"
+    return f"{base / own:.1f}x" if base and own else "-"
 
 
 def commands(given: str | list[str]) -> list[str]:
@@ -92,7 +101,10 @@ def hardware(machine: dict[str, Any]) -> str:
 SPEEDUPS = ("speedup_over_dense", "speedup_median_of_pairs")
 
 
-def attention(content: dict[str, Any], command: str) -> list[str]:
+CPU_COMMAND = "python docs/measurements/cpu_attention.py target --out docs/measurements/cpu_attention.json"
+
+
+def attention(content: dict[str, Any]) -> list[str]:
     """A table of the attention op alone, selection included, against the best dense kernel of the same run."""
     machine = content.get("environment", content)
     lines = [f"The attention op alone, selection included, {hardware(machine)}:", ""]
@@ -107,7 +119,7 @@ def attention(content: dict[str, Any], command: str) -> list[str]:
         time = seconds(record.get("median_ms", record.get("sparse_ms", 0.0)) / 1e3)
         cells = (length_text(record["length"]), record["dtype"], record["head_dim"], record["density"], time)
         lines.append("| " + " | ".join(map(str, cells)) + f" | {speedup:.1f}x |")
-    return [*lines, "", *commands(content.get("command", command))]
+    return [*lines, "", *commands(content.get("command", CPU_COMMAND))]
 
 
 def kernel(content: dict[str, Any]) -> list[str]:
@@ -159,7 +171,7 @@ def given_lists(content: dict[str, Any]) -> list[str]:
         cells = [
             f"{seconds(r['median_ms'] / 1e3)}, {r['tflops']:.0f} TF/s" if (r := found.get(n)) else "" for n in names
         ]
-        faster = [f"{n} {found[n]['median_ms'] / own:.2f}" for n in ("triton", "flex", "dense") if found.get(n)]
+        faster = [f"{n} {found[n]['median_ms'] / own:.1f}" for n in ("triton", "flex", "dense") if found.get(n)]
         lines.append(
             "| " + " | ".join((length_text(record["length"]), shape, density, *cells, ", ".join(faster))) + " |"
         )
@@ -181,14 +193,14 @@ def error_time(content: dict[str, Any]) -> list[str]:
         cells = (
             length_text(found["length"]),
             f"{found['curve']}, {found['variant']}" + (" (default)" if found["default"] else ""),
-            f"{found['error']:.3g}",
+            f"{found['error']:.2g}",
             seconds(found["median_ms"] / 1e3),
             f"{found['over_dense']:.1f}x",
-            f"`{found['ours']}`",
-            f"{found['our_error']:.3g}",
+            f"`{setting(found['ours'])}`",
+            f"{found['our_error']:.2g}",
             seconds(found["our_ms"] / 1e3),
             f"{found['our_over_dense']:.1f}x",
-            f"{found['times_faster']:.2f}",
+            f"{found['times_faster']:.1f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, "", *commands(content["environment"]["command"])]
@@ -234,7 +246,7 @@ def tuned(content: dict[str, Any]) -> list[str]:
             for dtype, head_dim in dict.fromkeys((r["dtype"], r["head_dim"]) for r in device["records"]):
                 row = [by.get((length, dtype, head_dim, density)) for density in TUNED_DENSITIES]
                 cells = [
-                    f"{seconds(r['sparse_ms'] / 1e3)} ({r['dense_ms'] / r['sparse_ms']:.2f}x)" if r else "" for r in row
+                    f"{seconds(r['sparse_ms'] / 1e3)} ({r['dense_ms'] / r['sparse_ms']:.1f}x)" if r else "" for r in row
                 ]
                 if any(cells):
                     dense = next(r for r in row if r)
@@ -268,29 +280,37 @@ def op(content: dict[str, Any]) -> list[str]:
 BENCH = {"kernel": kernel, "op": op}
 
 
+SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], list[str]]], ...] = (
+    ("How long does a whole prefill take?", "end_to_end*.json", end_to_end),
+    ("How fast is attention over given lists?", "hopper_kernel*.json", given_lists),
+    ("What does a smaller density save?", "density_fit*.json", density_fit),
+    ("How fast are selection and attention together, on a GPU?", "tuning_*.json", tuned),
+    ("How fast are they on a CPU?", "cpu_attention*.json", attention),
+    ("How do they compare with other methods at the same error?", "error_time*.json", error_time),
+)
+"""Heading, files and table of each question."""
+
+
 def tables(folder: Path = FOLDER) -> str:
-    parts = []
-    for path in sorted(folder.glob("end_to_end*.json")):
-        parts += [*end_to_end(json.loads(path.read_text(encoding="utf-8"))), ""]
-    for pattern, command in (
-        ("cpu_attention*.json", "python docs/measurements/cpu_attention.py target --out docs/measurements/{}"),
-    ):
-        for path in sorted(folder.glob(pattern)):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            parts += [*attention(content, command.format(path.name)), ""]
-    for pattern, table in (
-        ("hopper_kernel*.json", given_lists),
-        ("density_fit*.json", density_fit),
-        ("error_time*.json", error_time),
-        ("tuning_*.json", tuned),
-    ):
-        for path in sorted(folder.glob(pattern)):
+    parts: list[str] = []
+    for heading, pattern, table in SECTIONS:
+        files = sorted(folder.glob(pattern))
+        if files:
+            parts += [f"## {heading}", ""]
+        for path in files:
             parts += [*table(json.loads(path.read_text(encoding="utf-8"))), ""]
-    for path in sorted(folder.glob("bench_*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    benched = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("bench_*.json"))]
+    if any(content.get("what") in BENCH for content in benched):
+        parts += ["## What did `sparsepass bench` measure?", ""]
+    for content in benched:
         if content.get("what") in BENCH:
             parts += [*BENCH[content["what"]](content), ""]
     return "\n".join(["", *parts])
+
+
+def headline() -> str:
+    """The table of the README."""
+    return "\n".join(["", *end_to_end(json.loads(HEADLINE.read_text(encoding="utf-8"))), ""])
 
 
 def updated(text: str, body: str) -> str:
@@ -303,17 +323,18 @@ def updated(text: str, body: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
     options = parser.parse_args(argv)
-    before = options.readme.read_text(encoding="utf-8")
-    after = updated(before, tables())
-    if options.check:
-        if before != after:
-            print(f"{options.readme} is out of date; run python docs/measurements/results.py", file=sys.stderr)
-        return int(before != after)
-    options.readme.write_text(after, encoding="utf-8")
-    return 0
+    old = 0
+    for document, body in ((RESULTS, tables()), (README, headline())):
+        before = document.read_text(encoding="utf-8")
+        after = updated(before, body)
+        if options.check and before != after:
+            print(f"{document} is out of date; run python docs/measurements/results.py", file=sys.stderr)
+            old = 1
+        elif not options.check:
+            document.write_text(after, encoding="utf-8")
+    return old
 
 
 if __name__ == "__main__":
