@@ -2,12 +2,12 @@
 
     python docs/measurements/call_level.py --compile lengths --fixed-order
 
-``--compile``: ``functions`` compiles other functions, ``policies`` the served one under other policies, ``lengths`` the
-served one for other lengths and hints, ``resets`` drops everything and begins anew, ``mixed`` takes turns. Columns, in
-microseconds: ``oldest`` and ``newest`` are whole calls by the first and the last graph of the served function; ``graph`` is
-our wrapper with the graph in it, ``wrapper`` our part of that, ``sizes`` its check of sizes; ``plan key`` one hint guard,
-``backend ==`` what Dynamo compares per graph of another ``torch.compile``; ``graphs`` how many Dynamo holds for the code.
-``gc`` is one whole collection, in milliseconds; ``memory`` is resident, in MiB.
+``--compile``: ``functions`` compiles other functions, ``policies`` the served one under other policies, ``lengths``
+the served one for other lengths and hints, ``resets`` drops everything and begins anew, ``mixed`` takes turns. Columns,
+in microseconds: ``oldest`` and ``newest`` are whole calls by the first and the last graph of the served function;
+``graph`` is our wrapper with the graph in it, ``wrapper`` our part of that, ``sizes`` its check of sizes; ``plan key``
+one hint guard, ``backend ==`` what Dynamo compares per graph of another ``torch.compile``. ``graphs``: how many Dynamo
+holds for the code. ``gc`` is one whole collection, in milliseconds; ``memory`` is resident, in MiB.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +98,8 @@ class Process:
             oldest, whole = micros(lambda: self.served(x)), micros(lambda: self.graph(*args))
             inner = micros(lambda: self.graph.compiled(*args))
             sizes, wanted = self.graph._sizes, self.graph._wanted
-            assert sizes is not None and wanted is not None  # it is sparse
+            assert sizes is not None  # it is sparse
+            assert wanted is not None
             parts = {"sizes": micros(lambda: sizes.other(args)), "plan key": micros(wanted)}
         one, two = policy(), policy()
         started = time.perf_counter()
