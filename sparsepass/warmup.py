@@ -64,8 +64,9 @@ def warmup(
             For a list of hints the default inputs have as many rows as it has hints.
         make_inputs: keyword arguments of the model for a length. By default, for transformers models: random
             ``input_ids`` int64 [batch, length] on the model's device, ``use_cache=False``, ``logits_to_keep=1``.
-        dynamic: mark the dimensions that equal the length as varying, of the inputs and of what layers compiled one by
-            one are called with, so that each graph serves its whole bucket. ``False`` leaves it to Dynamo, which compiles the first length for that exact length alone.
+        dynamic: mark the dimensions that equal the length as varying, in the inputs and in what layers compiled one by
+            one are called with, so that each graph serves its whole bucket. ``False`` leaves it to Dynamo, which
+            compiles the first length for that exact length alone.
         progress: show a progress bar (only on a terminal).
 
     Returns:

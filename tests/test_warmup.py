@@ -13,8 +13,8 @@ import torch
 
 from sparsepass import compile_time, dynamo, hints
 from sparsepass.errors import HintError
-from sparsepass.types import TaskClass
 from sparsepass.marked import parts_marked
+from sparsepass.types import TaskClass
 from sparsepass.warmup import WarmupError, WarmupResult, warmup
 
 InForce = TaskClass | tuple[TaskClass, ...]
