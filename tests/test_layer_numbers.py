@@ -240,6 +240,6 @@ def test_two_stacks_and_other_names(fresh_dynamo: None, make: Any, want: list[fl
     for one in layers if parts else [net]:
         one.compile(backend="sparsepass", options=by_layer("1"))
     ids = tokens(1, 200) % 64
-    given = {"decoder_input_ids": ids} if make is t5 else {}
+    given: dict[str, Any] = {"decoder_input_ids": ids} if make is t5 else {}
     report = explain(net, input_ids=ids, use_cache=False, **given)
     assert [site.density_asked for graph in report.graphs for site in graph.sites for _ in range(graph.runs)] == want
