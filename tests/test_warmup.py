@@ -172,7 +172,7 @@ class Stacked(Tiny):
 
 class Layer(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, mask: Any) -> torch.Tensor:
-        return hidden.cumsum(1) + mask[0][..., None]
+        return hidden.cumsum(1) + mask[0][..., None]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
