@@ -56,6 +56,14 @@ def _keep_order_of_graphs() -> None:
         set_lru(False)
 
 
+def graphs_of(fn: Callable[..., Any]) -> Sequence[Any]:
+    """What Dynamo holds for the code of a function: an entry for each graph, in the order in which calls look."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    entries: list[Any] = _debug_get_cache_entry_list(fn.__code__)
+    return entries
+
+
 def graph_breaks() -> Counter[str]:
     """Graph breaks of this process so far: how many for each reason, in one line each."""
     from torch._dynamo.utils import counters

@@ -56,8 +56,8 @@ def number_layers(findings: Findings, policy: Policy) -> tuple[Findings, tuple[d
 def layer_of(root: Any, place: Sequence[str]) -> int | None:
     """The layer of the module at a place: what it, or else a module around it, holds as ``layer_idx``.
 
-    Without one the only number in the path; of several the first, if it counts modules of one class and the others do
-    not. None where that leaves it open.
+    Without one the first number in the path, if it counts modules of one class and the others do not: a list of a
+    layer's own parts holds several classes. None where that leaves it open.
     """
     modules = [root]
     for name in place:
@@ -66,10 +66,8 @@ def layer_of(root: Any, place: Sequence[str]) -> int | None:
         number = getattr(module, ATTRIBUTE, None) if isinstance(module, nn.Module) else None
         if isinstance(number, int) and not isinstance(number, bool) and number >= 0:
             return number
-    if (only := layer_in_path(".".join(place))) is not None:
-        return only
     lists = [(int(name), parent) for name, parent in zip(place, modules, strict=False) if name.isdecimal()]
-    if len(lists) > 1 and [_of_one_class(parent) for _, parent in lists] == [True] + [False] * (len(lists) - 1):
+    if lists and [_of_one_class(parent) for _, parent in lists] == [True] + [False] * (len(lists) - 1):
         return lists[0][0]
     return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass import counters, crossover, dynamo, record, watch
+from sparsepass import compile_time, counters, crossover, dynamo, record, watch
 from sparsepass import options as options_module
 from sparsepass.callsizes import CallSizes
 from sparsepass.canon import value
@@ -49,7 +48,7 @@ def backend(
     ``sparsepass.``: ``sparsepass.policy``, ``sparsepass.task``, ``sparsepass.always_sparse``, ``sparsepass.inductor``.
     Raises ``OptionError``, ``PolicyError`` or ``HintError`` for what is not accepted.
     """
-    started = time.perf_counter()
+    started = compile_time.clock()
     warn_of_untested()
     settings, patches, use_inductor = options_module.parse(mode, options)
     dynamo.raise_recompile_limit()
@@ -75,7 +74,8 @@ def backend(
     graph = CompiledGraph(
         compiled, gm, findings, plan, settings, slots, hint_guard, inputs.sources, watched, layers, sizes
     )
-    graph.compile_seconds = time.perf_counter() - started
+    graph.compile_seconds = compile_time.clock() - started
+    compile_time.add(graph.compile_seconds)
     record.compiled(graph)
     log.info("%s", graph.summary())
     return graph

@@ -82,6 +82,13 @@ class Policy:
             raise PolicyError(f"A policy's name is {shown(self.name)}; accepted is any text, for reports.")
         object.__setattr__(self, "rules", tuple(self.rules))
 
+    def __eq__(self, other: object) -> bool:
+        """Dynamo compares the options of each ``torch.compile`` of a code at every call: by the fingerprints here."""
+        if self is other or not isinstance(other, Policy):
+            return self is other
+        same = self.fingerprint == other.fingerprint and self.name == other.name
+        return same and self.description == other.description and self.calibrated == other.calibrated
+
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 

@@ -28,7 +28,8 @@ NOTHING_COMPILED = (
     "The usual cause is torch.compile(model).generate(): generate is bound to the original module, so it never enters "
     'the compiled one. Use model.compile(backend="sparsepass"), or '
     'model.forward = torch.compile(model.forward, backend="sparsepass"), and call the model again. '
-    "Other causes: the environment variable that turns sparsepass off is set, or another backend was named."
+    "Other causes: the environment variable that turns sparsepass off is set, another backend was named, or Dynamo has "
+    "given the code up at its recompile limit (torch._dynamo.config.recompile_limit; TORCH_LOGS=recompiles says why)."
 )
 
 

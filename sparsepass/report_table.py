@@ -17,6 +17,9 @@ from sparsepass.methods.rows import decode_rows
 from sparsepass.report import NOTHING_COMPILED, GraphReport, Outcome, Report, RowReport, SiteReport, plural
 from sparsepass.types import AttentionSite, Skip, TaskClass
 
+MAX_EMPTY = 2
+"""Graphs without attention that are listed; more of them share one line."""
+
 STYLES = {
     Outcome.SPARSE: "green",
     Outcome.DENSE_MASKED: "cyan",
@@ -41,8 +44,13 @@ def report_table(report: Report, *, verbose: bool = False, ascii_only: bool = Fa
     if not report.compiled:
         return Group(Text(NOTHING_COMPILED, style="bold yellow"), *_bullets("", report.notes))
     parts: list[RenderableType] = [Text(report.summary(), style="bold")]
+    empty = [] if verbose else [g for g in report.graphs if not g.counts() and not g.decode_sites]
+    folded = empty if len(empty) > MAX_EMPTY else []
     for graph in report.graphs:
-        parts += ["", *_graph(graph, verbose=verbose, ascii_only=ascii_only)]
+        if graph not in folded:
+            parts += ["", *_graph(graph, verbose=verbose, ascii_only=ascii_only)]
+    if folded:
+        parts += ["", _without_attention(folded)]
     if report.notes:
         parts += ["", *_bullets("Notes", report.notes)]
     tail = [report.device] if report.device else []
@@ -50,6 +58,13 @@ def report_table(report: Report, *, verbose: bool = False, ascii_only: bool = Fa
     if tail:
         parts += ["", Text(", ".join(tail), style="dim")]
     return Group(*parts)
+
+
+def _without_attention(graphs: Sequence[GraphReport]) -> Text:
+    runs, seconds = sum(graph.runs for graph in graphs), sum(graph.compile_seconds for graph in graphs)
+    numbers = index_ranges([graph.index for graph in graphs])
+    words = f"no attention in them; {plural(runs, 'run')}, compiled in {seconds:.1f} s"
+    return Text(f"Graphs {numbers} (x{len(graphs)}): {words}", overflow="fold")
 
 
 def plain_text(renderable: RenderableType, width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import time
@@ -63,8 +64,9 @@ def warmup(
             For a list of hints the default inputs have as many rows as it has hints.
         make_inputs: keyword arguments of the model for a length. By default, for transformers models: random
             ``input_ids`` int64 [batch, length] on the model's device, ``use_cache=False``, ``logits_to_keep=1``.
-        dynamic: mark the dimensions of the inputs that equal the length as varying, so that each graph serves its
-            whole bucket. ``False`` leaves it to Dynamo, which compiles the first length for that exact length alone.
+        dynamic: mark the dimensions that equal the length as varying, in the inputs and in what layers compiled one by
+            one are called with, so that each graph serves its whole bucket. ``False`` leaves it to Dynamo, which
+            compiles the first length for that exact length alone.
         progress: show a progress bar (only on a terminal).
 
     Returns:
@@ -77,8 +79,9 @@ def warmup(
     """
     import torch
 
-    from sparsepass import dynamo
+    from sparsepass import compile_time, dynamo
     from sparsepass import hints as task_hints
+    from sparsepass.marked import mark_lengths, parts_marked
 
     ordered = _lengths(lengths)
     wanted = _hints(hints)
@@ -88,7 +91,7 @@ def warmup(
             raise WarmupError(f"A list of {len(hint)} task hints for batch={batch}; accepted is one hint per row.")
     make = _default_inputs(model) if make_inputs is None else _only_length(make_inputs)
     results: list[WarmupResult] = []
-    with _bar(progress) as bar, torch.no_grad():
+    with _bar(progress) as bar, torch.no_grad(), compile_time.expected():
         task_id = bar.add_task("warming up", total=len(ordered) * len(wanted))
         for hint in wanted:
             for length in ordered:
@@ -97,9 +100,10 @@ def warmup(
                 rows = len(hint) if isinstance(hint, tuple) else batch
                 inputs = make(length, rows)
                 if dynamic:
-                    _mark_lengths(inputs, length)
+                    mark_lengths(inputs, length)
+                parts = parts_marked(model, length) if dynamic else contextlib.nullcontext()
                 before, start = dynamo.compile_count(), time.perf_counter()
-                with task_hints.task(hint):
+                with task_hints.task(hint), parts:
                     model(**inputs)
                     _synchronize()
                 seconds = time.perf_counter() - start
@@ -170,20 +174,6 @@ def _accepts(model: Any, name: str) -> bool:
         except (AttributeError, TypeError, ValueError):
             continue
     return False
-
-
-def _mark_lengths(inputs: Mapping[str, Any], length: int) -> None:
-    import torch
-
-    # Documented, in spite of where it lives; unlike mark_dynamic it never raises if the model fixes the size after all.
-    from torch._dynamo import maybe_mark_dynamic
-
-    for value in inputs.values():
-        if isinstance(value, torch.Tensor) and length > 1:
-            # The first dimension is the batch, which may equal the length by chance.
-            for dim in range(1 if value.dim() > 1 else 0, value.dim()):
-                if value.shape[dim] == length:
-                    maybe_mark_dynamic(value, dim)
 
 
 def _synchronize() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from sparsepass import dynamo
@@ -196,3 +197,49 @@ def test_of_several_numbers_the_list_of_equal_modules_counts() -> None:
     assert layer_of(nn.Sequential(Stack(numbered=True), nn.ReLU()), ("0", "layers", "2")) == 2
     assert layer_of(Attend(None), ()) is None
     assert layer_of([Attend(None), Attend(None)], ("1",)) == 1
+
+
+class Parts(nn.Module):
+    """A layer whose attention is in a list, as T5's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList((Attend(None), nn.Linear(32, 32)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attend, feed = self.layer
+        out: torch.Tensor = feed(attend(x))
+        return out
+
+
+@pytest.mark.parametrize(("compile_it", "want"), [(whole, [0.25, 1.0, 1.0]), (one_by_one, [1.0] * 3)])
+def test_the_place_of_a_layers_own_part_is_not_its_number(fresh_dynamo: None, compile_it: Any, want: Any) -> None:
+    net = Stack(numbered=False)
+    net.layers = nn.ModuleList(Parts() for _ in range(3))
+    _, densities = ran(compile_it(net, by_layer("0")))
+    assert [density for density, runs in densities for _ in range(runs)] == want
+
+
+def t5() -> tuple[Any, list[nn.Module]]:
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
+    built = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, **sizes)).eval()
+    return built, [*built.encoder.block, *built.decoder.block]
+
+
+def gpt2() -> tuple[Any, list[nn.Module]]:
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+    built = transformers.GPT2LMHeadModel(config).eval()
+    return built, list(built.transformer.h)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize(("make", "want"), [(t5, [1.0, 0.25, 1.0, 1.0, 0.25, 0.25]), (gpt2, [1.0, 0.25])])
+def test_two_stacks_and_other_names(fresh_dynamo: None, make: Any, want: list[float], parts: bool) -> None:
+    """A block of a decoder with cross-attention has two sites; both stacks count from 0."""
+    net, layers = make()
+    for one in layers if parts else [net]:
+        one.compile(backend="sparsepass", options=by_layer("1"))
+    ids = tokens(1, 200) % 64
+    given: dict[str, Any] = {"decoder_input_ids": ids} if make is t5 else {}
+    report = explain(net, input_ids=ids, use_cache=False, **given)
+    assert [site.density_asked for graph in report.graphs for site in graph.sites for _ in range(graph.runs)] == want

@@ -17,9 +17,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "types errors",
         "files",
         # Facts about the outside world, and plain tools.
-        "kernels counters dynamo environment versions jsonable drawgraph canon mask_ir rowinputs watch",
+        "kernels counters compile_time dynamo environment versions jsonable drawgraph canon mask_ir rowinputs watch",
         "made surroundings",
-        "hints methods crossover_table match drawlayout mask_values mask_mutation models",
+        "hints methods crossover_table marked match drawlayout mask_values mask_mutation models",
         "patterns ops strides crossover policy_rules draw mask_read mix tasks",
         "testbed policy functional mask_views mask_segments report",
         "mask_terms policy_file report_table testing",
@@ -70,7 +70,7 @@ NEVER = "eliminate_dead_code"
 PRIVATE_PACKAGES = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch._guards")
 PRIVATE_ALLOWED = {
     "sparsepass.dynamo",
-    "sparsepass.warmup",  # maybe_mark_dynamic: documented, in spite of its place
+    "sparsepass.marked",  # maybe_mark_dynamic: documented, in spite of its place
 }
 
 

@@ -246,3 +246,15 @@ def test_drawing_an_unknown_graph_is_refused(tmp_path: Path) -> None:
         full_report().draw(tmp_path / "graph.png", graphs=[9])
     with pytest.raises(ReportError, match="Nothing was compiled"):
         Report(()).draw(tmp_path / "graph.png")
+
+
+def test_many_graphs_without_attention_share_a_line() -> None:
+    refused = Skip("softmax_9: no product with values.", ("softmax_9",))
+    empty = [graph(index=i, guards=(), decode_sites=0, refused=(), runs=2, compile_seconds=0.5) for i in range(1, 5)]
+    kept = (graph(sparse(0), decode_sites=0), graph(index=5, decode_sites=0, refused=(refused,)))
+    report = Report(graphs=(*kept, *empty))
+    assert "Graphs 1-4 (x4): no attention in them; 8 runs, compiled in 2.0 s" in report.text()
+    assert "Graph 2" not in report.text()
+    assert "Graph 5" in report.text()
+    assert report.text(verbose=True).count("no attention in this graph") == 4
+    assert Report(graphs=(*kept, *empty[:2])).text().count("no attention in this graph") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import types
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparsepass import dynamo, hints
+from sparsepass import compile_time, dynamo, hints
 from sparsepass.errors import HintError
+from sparsepass.marked import parts_marked
 from sparsepass.types import TaskClass
 from sparsepass.warmup import WarmupError, WarmupResult, warmup
 
@@ -154,3 +156,79 @@ def test_default_inputs_of_a_compiled_model(
     torch._dynamo.reset()
     warmup(compile_it(Tiny(), backend), [24], [["single_qa", "multi_hop"]], progress=False)  # as many rows as hints
     torch._dynamo.reset()
+
+
+class Stacked(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True, logits_to_keep: int = 0) -> torch.Tensor:
+        hidden: torch.Tensor = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, mask=(hidden[..., 0], None))
+        return hidden
+
+
+class Layer(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, mask: Any) -> torch.Tensor:
+        return hidden.cumsum(1) + mask[0][..., None]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (False, 2)])
+def test_lengths_vary_in_layers_that_are_compiled_one_by_one(
+    fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch, wrapped: bool, dynamic: bool, graphs: int
+) -> None:
+    count = 0
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    monkeypatch.setattr(dynamo, "compile_count", lambda: count)
+    model = Stacked()
+    for number, layer in enumerate(model.layers):
+        if wrapped:
+            model.layers[number] = torch.compile(layer, backend=backend)  # type: ignore[assignment]
+        else:
+            layer.compile(backend=backend)
+    entries = [layer.__dict__.copy() for layer in model.layers]
+    warmup(model, [24], dynamic=dynamic, progress=False)
+    assert [layer.__dict__ for layer in model.layers] == entries
+    with torch.no_grad():
+        model(torch.ones(1, 40, dtype=torch.long))
+    assert count == graphs
+
+
+def test_the_parts_of_a_model_that_is_compiled_whole_are_left_alone() -> None:
+    model = Stacked()
+    model.layers[0].compile(backend="eager")
+    model.compile(backend="eager")
+    before = model.layers[0]._compiled_call_impl
+    with parts_marked(model, 24):
+        assert model.layers[0]._compiled_call_impl is before
+
+
+def test_long_compilation_is_said_once_and_not_in_a_warmup(
+    fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = itertools.count(0.0, 4.0)  # each compilation reads it twice
+    monkeypatch.setattr(compile_time, "clock", lambda: next(now))
+    monkeypatch.setattr(compile_time, "_spent", 0.0)
+    monkeypatch.setattr(compile_time, "_graphs", 0)
+
+    def compile_another(length: int) -> None:
+        fn = torch.compile(torch.sin, backend="sparsepass", dynamic=False, options={"sparsepass.inductor": False})
+        fn(torch.zeros(length))
+
+    model = torch.compile(Stacked(), backend="sparsepass", dynamic=False, options={"sparsepass.inductor": False})
+    warmup(model, [8, 9, 10, 11], dynamic=False, progress=False)
+    assert "sparsepass.warmup" not in caplog.text
+    seen = []
+    for length in range(2, 7):
+        compile_another(length)
+        seen.append(caplog.text.count("sparsepass.warmup(model, lengths, hints)"))
+    assert seen == [0, 0, 1, 1, 1]
+    assert "waited 12 s for the compilation of 3 graphs" in caplog.text
