@@ -355,7 +355,7 @@ def test_kernel_writes_what_it_measured(tmp_path: Path) -> None:
 
 
 def test_op_measures_the_share_of_selection_and_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = {ours.select: 1.0, ours.attend: 3.0, ours.operator: 5.0}
+    taken: dict[Any, float] = {ours.select: 1.0, ours.attend: 3.0, ours.operator: 5.0}
     monkeypatch.setattr(Clock, "round", lambda self, run, budget_ms: [taken.get(getattr(run, "func", None), 10.0)])
     out = tmp_path / "op.json"
     given = ["--lengths", "1K", "--methods", "pooled_topk=0.5,0.7,1", "--inputs", "structured"]
