@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from sparsepass.cli import app
+from sparsepass.coverage import progress
 from sparsepass.coverage.architectures import Kind, architectures
 from sparsepass.coverage.count import AttentionCounter
 from sparsepass.coverage.hidden import HiddenRowsGiveZero
@@ -309,7 +311,7 @@ def test_what_inductor_replaces_is_beside_it() -> None:
 
 def test_progress_says_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((0.0, 30.0))
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     Progress(4).done("llama", alarming=False)
     assert capsys.readouterr().err == "[1/4 0:30, left 1:30] llama\n"
 

@@ -246,9 +246,9 @@ def test_the_order_of_graphs_is_kept_once_a_second_thread_compiles(
 ) -> None:
     """Else threads miss graphs that another one moves, and compile them again up to the recompile limit."""
     moved: list[bool] = []
-    monkeypatch.setattr(torch._C._dynamo.eval_frame, "_set_lru_cache", moved.append, raising=False)
+    monkeypatch.setattr(torch._C._dynamo.eval_frame, "_set_lru_cache", moved.append)
     monkeypatch.setattr(dynamo, "_threads", set())
-    dynamo._keep_order_of_graphs.cache_clear()
+    monkeypatch.setattr(dynamo, "_keep_order_of_graphs", functools.cache(dynamo._keep_order_of_graphs.__wrapped__))
     fn = torch.compile(attend, backend=sparsepass.backend, options=options())
     budgets_run(fn, 200, "multi_hop")
     assert moved == []
