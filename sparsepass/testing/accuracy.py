@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,14 @@ LSE_TOLERANCE = (2e-3, 1e-3)
 def dense_error(inputs: Inputs, reference: Tensor) -> float:
     """Largest error against float64 that dense SDPA makes at the inputs' own precision, over rows that see anything.
 
-    Where scores are changed, as SDPA cannot, it is eager attention: scores and softmax in float32, weights rounded.
+    Where scores are changed, as SDPA cannot, it is eager attention: scores and softmax in float32, weights rounded. A
+    float64 reference errs as much as what is of its own precision, and by chance in the same way: of float64 inputs the
+    error in float32 is taken, times the ratio of the two roundings.
     """
+    if inputs.q.dtype == torch.float64:
+        single = replace(inputs, q=inputs.q.float(), k=inputs.k.float(), v=inputs.v.float())
+        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return dense_error(single, single.reference()[0]) * ratio
     visible = inputs.visible()
     heads, kv_heads = inputs.q.shape[1], inputs.k.shape[1]
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (inputs.k, inputs.v))
