@@ -52,7 +52,7 @@ types: $(VENV)/.test
 # What every test process needs, made once, while mypy keeps another core busy: bytecode and the C++ kernels.
 warm: $(VENV)/.test
 	@$(BIN)/python -c "import torch._inductor.compile_fx, triton.compiler, hypothesis, matplotlib.pyplot, transformers.models.llama.modeling_llama; \
-	from sparsepass.kernels import cpu_build; cpu_build.library()"
+	from sparsepass.kernels.runtime import build as cpu_build; cpu_build.library()"
 
 mutations: $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/mutations.py --jobs $(WORKERS) $(ARGS)

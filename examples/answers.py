@@ -20,11 +20,12 @@ from rich.progress import track
 from rich.table import Table
 
 import sparsepass
-from sparsepass import counters, testbed
-from sparsepass.tasks.base import Question, Sample
-from sparsepass.tasks.intervals import Interval, bootstrap
-from sparsepass.tasks.score import answer
-from sparsepass.tasks.tokens import TOKEN_TASKS, TokenTask
+from sparsepass.measure import testbed
+from sparsepass.measure.tasks.base import Question, Sample
+from sparsepass.measure.tasks.intervals import Interval, bootstrap
+from sparsepass.measure.tasks.score import answer
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS, TokenTask
+from sparsepass.rewriting import counters
 
 HINTS = ("dense", "single_qa", "multi_qa", "multi_hop", "aggregation")
 POLICY: dict[str, Any] = {

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sparsepass
-from sparsepass.models import ModelShape, build_random_model
+from sparsepass.measure.models import ModelShape, build_random_model
 
 DENSE_BACKEND = "inductor"
 KEPT_LOGITS = 64

@@ -23,12 +23,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 import sparsepass
-from sparsepass import dynamo, testbed
-from sparsepass.calibrate.floors import MARGIN
-from sparsepass.policy_rules import Ranges, Rule
-from sparsepass.tasks.base import Sample
-from sparsepass.tasks.score import answer
-from sparsepass.tasks.tokens import TOKEN_TASKS, TokenTask
+from sparsepass.graph import torch_private
+from sparsepass.measure import testbed
+from sparsepass.measure.calibrate.floors import MARGIN
+from sparsepass.measure.tasks.base import Sample
+from sparsepass.measure.tasks.score import answer
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS, TokenTask
+from sparsepass.policies.rule import Ranges, Rule
 
 HINT = "single_qa"
 STREAMS = ("token_needle", "token_chains", "token_frequent")
@@ -62,7 +63,7 @@ def make_policy(floors: dict[int, float]) -> sparsepass.Policy:
 
 
 def use(model: Any, policy: sparsepass.Policy) -> None:
-    dynamo.forget()
+    torch_private.forget()
     options = {"sparsepass.policy": policy, "sparsepass.always_sparse": True, "sparsepass.inductor": False}
     model.compile(backend=sparsepass.backend, options=options)
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 import sparsepass
-from sparsepass import counters, dynamo
-from sparsepass.models import ModelShape, build_random_model, random_inputs
+from sparsepass.graph import torch_private
+from sparsepass.measure.models import ModelShape, build_random_model
+from sparsepass.rewriting import counters
+from sparsepass.warmup import random_inputs
 
 BATCHES = (
     ("single_qa", "multi_qa", "single_qa"),
@@ -42,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
 
     answers = []
     for batch in BATCHES:
-        before, graphs = counters.total(), dynamo.compile_count()
+        before, graphs = counters.total(), torch_private.compile_count()
         with sparsepass.task(list(batch)), torch.no_grad():
             answers.append(model(**inputs).logits)
-        ran, new = counters.total() - before, dynamo.compile_count() - graphs
+        ran, new = counters.total() - before, torch_private.compile_count() - graphs
         density = f"density {ran.density:.3f}" if ran.density is not None else "dense"
         print(f"{', '.join(batch)}: {ran.computed} blocks computed, {density}; {new} new graphs")
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import sparsepass
-from sparsepass.match import Attention, Form, Match, Pattern, Term, shape
+from sparsepass.patterns.pattern import Attention, Form, Match, Pattern, Term, shape
 from sparsepass.types import Skip
 
 T = torch.Tensor

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import sparsepass
-from sparsepass.models import ModelShape, build_random_model, random_inputs
+from sparsepass.measure.models import ModelShape, build_random_model
+from sparsepass.warmup import random_inputs
 
 POLICY = {
     "version": 1,

@@ -10,7 +10,8 @@ import argparse
 import torch
 
 import sparsepass
-from sparsepass.models import ModelShape, build_random_model, random_inputs
+from sparsepass.measure.models import ModelShape, build_random_model
+from sparsepass.warmup import random_inputs
 
 
 def main(argv: list[str] | None = None) -> None:

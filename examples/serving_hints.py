@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import sparsepass
-from sparsepass import counters
-from sparsepass.models import ModelShape, build_random_model, random_inputs
+from sparsepass.measure.models import ModelShape, build_random_model
+from sparsepass.rewriting import counters
+from sparsepass.warmup import random_inputs
 
 REQUESTS = ("single_qa", "multi_qa", "single_qa", None, "multi_qa", "dense")
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import sparsepass
-from sparsepass.models import ModelShape, build_random_model, random_inputs
+from sparsepass.measure.models import ModelShape, build_random_model
+from sparsepass.warmup import random_inputs
 
 
 def main(argv: list[str] | None = None) -> None:

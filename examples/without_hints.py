@@ -18,17 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsepass
-import sparsepass.auto
-from sparsepass import dynamo, testbed
-from sparsepass.auto.collect import collect
-from sparsepass.auto.compare import Goal
-from sparsepass.auto.fitting import fit_router
-from sparsepass.auto.probe import Probe
-from sparsepass.auto.records import Records
+import sparsepass.measure.auto
+from sparsepass.graph import torch_private
+from sparsepass.measure import testbed
+from sparsepass.measure.auto.collect import collect
+from sparsepass.measure.auto.compare import Goal
+from sparsepass.measure.auto.fitting import fit_router
+from sparsepass.measure.auto.probe import Probe
+from sparsepass.measure.auto.records import Records
+from sparsepass.measure.tasks.score import score
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS
 from sparsepass.methods import decode_budget, encode_budget
-from sparsepass.policy_rules import Rule
-from sparsepass.tasks.score import score
-from sparsepass.tasks.tokens import TOKEN_TASKS
+from sparsepass.policies.rule import Rule
 
 CHEAP = decode_budget("a_shape(window=64, sink=64, block=64, last=2)")
 """Answers three of the four tasks. Chains need rows in between, which it does not compute."""
@@ -36,7 +37,7 @@ CHEAP = decode_budget("a_shape(window=64, sink=64, block=64, last=2)")
 STRESS = decode_budget("pooled_topk(density=0.35, block=64)")
 
 
-def fitted(length: int, requests: int) -> sparsepass.auto.Router:
+def fitted(length: int, requests: int) -> sparsepass.measure.auto.Router:
     """A router for one length, from so many requests of each task."""
     model = testbed.load(dtype=torch.float32)
     with Console(stderr=True).status("Collecting: every task, dense, cheap and broken ..."):
@@ -50,7 +51,7 @@ def fitted(length: int, requests: int) -> sparsepass.auto.Router:
 
 def served_model() -> Any:
     """Compiled under a policy with one rule: what a router tries first is cheap, all else dense."""
-    dynamo.forget()
+    torch_private.forget()
     model = testbed.load(dtype=torch.float32)
     policy = sparsepass.Policy("cheap first", (Rule(sparsepass.TaskClass.SINGLE_QA, CHEAP),))
     options = {"sparsepass.policy": policy, "sparsepass.always_sparse": True, "sparsepass.inductor": False}
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
     router = fitted(args.length, args.fit)
     model = served_model()
-    attached = sparsepass.auto.attach(model, router)
+    attached = sparsepass.measure.auto.attach(model, router)
     table = Table(title=f"Requests of {args.length} tokens without a hint", title_justify="left")
     for name in ("request of", "odds that cheap fell short", "ran again", "answer", "cheap alone"):
         table.add_column(name)

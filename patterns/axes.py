@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparsepass.match import same_size
+from sparsepass.graph.sizes import same_size
 
 Size = int | torch.SymInt
 Atom = int

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand, called_name
-from sparsepass.match import same_size, shape, used_outside
+from sparsepass.graph.canonical import CanonicalGraph, Operand, called_name
+from sparsepass.graph.sizes import same_size, shape
 from sparsepass.patterns.axes import Atom, Axes, Dims
+from sparsepass.patterns.pattern import used_outside
 from sparsepass.patterns.products import PRODUCTS, product_of
 from sparsepass.patterns.score_chain import Unclear, number_of
 

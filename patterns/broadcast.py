@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsepass.canon import Operand
-from sparsepass.made import Maker
-from sparsepass.match import same_size, shape
+from sparsepass.graph.canonical import Operand
+from sparsepass.graph.made import Maker
+from sparsepass.graph.sizes import same_size, shape
 
 
 class NotBroadcast(Exception):

@@ -6,8 +6,8 @@ import functools
 import importlib.metadata
 import logging
 
-from sparsepass.match import Pattern
 from sparsepass.patterns.composite import FLEX, MULTI_HEAD, NATIVE
+from sparsepass.patterns.pattern import Pattern
 from sparsepass.patterns.sdpa import OTHER_KERNEL, SDPA, SDPA_KERNEL
 from sparsepass.patterns.written_out import WRITTEN_OUT
 
@@ -28,7 +28,9 @@ def every_pattern() -> tuple[Pattern, ...]:
             patterns = held if isinstance(held, tuple) else (held,)
             wrong = [one for one in patterns if not isinstance(one, Pattern)]
             if wrong:
-                raise TypeError(f"it is {wrong[0]!r}; accepted is a sparsepass.match.Pattern or a tuple of them")
+                raise TypeError(
+                    f"it is {wrong[0]!r}; accepted is a sparsepass.patterns.pattern.Pattern or a tuple of them"
+                )
             found.extend(patterns)
         except Exception as error:  # code of another package: no reason not to compile
             log.warning("the pattern %r (%s) is not used: %s", entry.name, entry.value, error)

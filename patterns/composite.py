@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsepass import dynamo
-from sparsepass.canon import is_own, value
-from sparsepass.match import Match, Pattern
+from sparsepass.graph import torch_private
+from sparsepass.graph.canonical import is_own, value
+from sparsepass.patterns.pattern import Match, Pattern
 from sparsepass.types import Skip
 
 _FLEX = (
@@ -65,7 +65,7 @@ def multi_head_reason(node: fx.Node) -> str | None:
         return "adds a key of zeros (add_zero_attn)"
     if not (is_own(F.linear) and is_own(F.scaled_dot_product_attention)):
         return "calls a function that took the place of torch.nn.functional's linear or scaled_dot_product_attention"
-    if any(dynamo.tensor_kind(value(one)) for one in node.all_input_nodes):
+    if any(torch_private.tensor_kind(value(one)) for one in node.all_input_nodes):
         return "is given tensors that are of a subclass or in a torch.func transform"
     held = value(given["query"])
     if not isinstance(held, torch.Tensor) or held.dim() != 3:

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph
-from sparsepass.match import shape
+from sparsepass.graph.canonical import CanonicalGraph
+from sparsepass.graph.sizes import shape
 from sparsepass.patterns.axes import Axes, Dims
 from sparsepass.patterns.below import Below
 from sparsepass.patterns.score_chain import node_name

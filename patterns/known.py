@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand, value
-from sparsepass.match import shape
+from sparsepass.graph.canonical import CanonicalGraph, Operand, value
+from sparsepass.graph.sizes import shape
 from sparsepass.patterns.products import is_product
 from sparsepass.patterns.score_chain import leads_to_product, node_name
 

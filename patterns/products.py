@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand, is_scalar
-from sparsepass.match import same_size, shape
+from sparsepass.graph.canonical import CanonicalGraph, Operand, is_scalar
+from sparsepass.graph.sizes import same_size, shape
 from sparsepass.patterns.axes import Atom, Axes, Dims
 
 PRODUCTS = ("matmul", "baddbmm", "einsum")

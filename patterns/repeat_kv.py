@@ -10,8 +10,8 @@ import operator
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand, called
-from sparsepass.match import same_size, shape
+from sparsepass.graph.canonical import CanonicalGraph, Operand, called
+from sparsepass.graph.sizes import same_size, shape
 
 
 def repeated(k: torch.Tensor, groups: int) -> torch.Tensor:

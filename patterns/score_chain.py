@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Operand, called_name, is_scalar, value
-from sparsepass.match import HIDES, shape
+from sparsepass.graph.canonical import CanonicalGraph, Operand, called_name, is_scalar, value
+from sparsepass.graph.sizes import shape
+from sparsepass.patterns.pattern import HIDES
 from sparsepass.patterns.products import PRODUCTS, is_product
 
 MOST_STEPS = 24

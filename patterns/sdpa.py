@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass.canon import called_name
-from sparsepass.match import Attention, Match, Pattern, Term, used_outside
+from sparsepass.graph.canonical import called_name
 from sparsepass.patterns.broadcast import NotBroadcast, lifted
+from sparsepass.patterns.pattern import Attention, Match, Pattern, Term, used_outside
 from sparsepass.patterns.repeat_kv import both_without_repeat
 from sparsepass.types import Skip
 

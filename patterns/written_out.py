@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass.canon import CanonicalGraph, Op, Operand, is_scalar, value
-from sparsepass.match import Attention, Match, NearMiss, Pattern, Term, same_size, shape, used_outside
+from sparsepass.graph.canonical import CanonicalGraph, Op, Operand, is_scalar, value
+from sparsepass.graph.sizes import same_size, shape
 from sparsepass.patterns.axes import Atom, Axes, Dims, NotRegrouped
 from sparsepass.patterns.below import Below, read_below
 from sparsepass.patterns.gate import with_gate
 from sparsepass.patterns.known import known_spelling
+from sparsepass.patterns.pattern import Attention, Match, NearMiss, Pattern, Term, used_outside
 from sparsepass.patterns.products import Product, product_of
 from sparsepass.patterns.repeat_kv import both_without_repeat
 from sparsepass.patterns.score_chain import Chain, Kind, NoProduct, Step, Unclear, node_name, read_chain

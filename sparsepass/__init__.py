@@ -4,15 +4,16 @@ The budget, how much of the attention is computed, follows the length and a task
 compiled graph carries its own budget.
 """
 
+from sparsepass import moved
 from sparsepass.decorator import sparse
 from sparsepass.errors import HintError, KernelInputError, OptionError, PolicyError, SparsepassError
-from sparsepass.hints import TaskHint, current_task, task
-from sparsepass.inspection import explain
-from sparsepass.monitor import MassReport, Monitor, monitor
+from sparsepass.monitoring.monitor import MassReport, Monitor, monitor
 from sparsepass.pipeline import backend
-from sparsepass.plan import plan_keys
-from sparsepass.policy import Policy
-from sparsepass.report import Report
+from sparsepass.planning.plan import plan_keys
+from sparsepass.policies.policy import Policy
+from sparsepass.reports.explain import explain
+from sparsepass.reports.report import Report
+from sparsepass.request.hints import TaskHint, current_task, task
 from sparsepass.types import Budget, TaskClass
 from sparsepass.warmup import warmup
 
@@ -40,3 +41,5 @@ __all__ = [
     "task",
     "warmup",
 ]
+
+moved.install()

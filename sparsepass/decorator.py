@@ -10,10 +10,10 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from sparsepass import options as names
-from sparsepass.hints import Hints, resolve_hints
 from sparsepass.pipeline import backend
-from sparsepass.policy import Policy
+from sparsepass.planning import options as names
+from sparsepass.policies.policy import Policy
+from sparsepass.request.hints import Hints, resolve_hints
 
 _Target = TypeVar("_Target", bound=Callable[..., Any])
 

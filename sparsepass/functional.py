@@ -8,23 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsepass import dynamo
 from sparsepass.errors import KernelInputError
+from sparsepass.graph import torch_private
 from sparsepass.kernels.arguments import check_block_sizes, check_list_values, check_tensor
-from sparsepass.kernels.dispatch import (
-    UNBOUNDED,
-    BlockLists,
-    Scores,
-    Visible,
-    block_sparse_attention,
-    check_inputs,
-    is_empty,
-    visible_blocks,
-)
-from sparsepass.kernels.dispatch_select import select_pooled_topk
+from sparsepass.kernels.attend.api import block_sparse_attention, check_inputs, is_empty, visible_blocks
+from sparsepass.kernels.scores import Scores
+from sparsepass.kernels.select.api import select_pooled_topk
 from sparsepass.kernels.support import default_block
+from sparsepass.kernels.types import UNBOUNDED, BlockLists, Visible
 from sparsepass.methods.heads import float32_at_most
-from sparsepass.ops import default_scale, refuse_derivatives
+from sparsepass.rewriting.ops import default_scale, refuse_derivatives
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -178,7 +171,7 @@ def _check_plain(given: Mapping[str, Any]) -> None:
     if torch.compiler.is_dynamo_compiling():
         return  # Dynamo's own values stand for the tensors, and it cannot trace the question
     for name, tensor in given.items():
-        if (kind := dynamo.tensor_kind(tensor)) is not None:
+        if (kind := torch_private.tensor_kind(tensor)) is not None:
             raise KernelInputError(
                 f"{name} is a {kind}; accepted are plain tensors, outside of torch.vmap and the like."
             )

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass import dynamo
-from sparsepass.canon import CanonicalGraph, canonical_op, nodes_of, value
-from sparsepass.hints import NODE_KEY
-from sparsepass.made import Maker
-from sparsepass.mask import MaskTerms, recognize_masks
-from sparsepass.mask_mutation import touched_by
-from sparsepass.match import Attention, NearMiss, Pattern, Term, same_size, shape
+from sparsepass.graph import torch_private
+from sparsepass.graph.canonical import CanonicalGraph, canonical_op, nodes_of, value
+from sparsepass.graph.made import Maker
+from sparsepass.graph.mutation import touched_by
+from sparsepass.graph.sizes import same_size, shape
+from sparsepass.graph.surroundings import grad_modes, left_alone
+from sparsepass.masks.recognize import MaskTerms, recognize_masks
 from sparsepass.patterns.catalogue import every_pattern
+from sparsepass.patterns.pattern import Attention, NearMiss, Pattern, Term
 from sparsepass.patterns.products import PRODUCTS, is_product
-from sparsepass.surroundings import grad_modes, left_alone
+from sparsepass.request.hints import NODE_KEY
 from sparsepass.types import AttentionSite, MaskSummary, Phase, Skip
 
 FEWEST_KEYS = 16
@@ -152,7 +153,7 @@ def _unfit(attention: Attention) -> Skip | None:
     name = attention.output.name
     if any(len(sizes) != 4 for sizes in (query, key, values)):
         return Skip(f"the graph carries no shapes for query, key or value of {name!r}", (name,))
-    if any(dynamo.hint_value(size) is None for size in (query[3], values[3])):
+    if any(torch_private.hint_value(size) is None for size in (query[3], values[3])):
         return Skip(f"the head size of {name!r} follows the data, and the kernels are made for one", (name,))
     shared = ((query[0], key[0]), (query[0], values[0]), (key[1], values[1]))
     summed = ((key[2], values[2]), (query[3], key[3]))  # of other sizes the model itself would raise an error
@@ -269,8 +270,8 @@ def _describe(
         kv_len=_size(kv_len),
         heads=_size(query[1]),
         kv_heads=_size(key[1]),
-        head_dim=dynamo.hint_value(query[3]) or 0,
-        v_head_dim=dynamo.hint_value(values[3]) or 0,
+        head_dim=torch_private.hint_value(query[3]) or 0,
+        v_head_dim=torch_private.hint_value(values[3]) or 0,
         dtype=str(held.dtype).removeprefix("torch."),
         device=str(held.device),
         mask=summary,

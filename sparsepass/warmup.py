@@ -8,14 +8,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsepass.errors import SparsepassError
+from sparsepass.host.environment import device_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from sparsepass.hints import Hint, Hints
+    from sparsepass.request.hints import Hint, Hints
 
 log = logging.getLogger("sparsepass")
 
@@ -79,9 +80,10 @@ def warmup(
     """
     import torch
 
-    from sparsepass import compile_time, dynamo
-    from sparsepass import hints as task_hints
-    from sparsepass.marked import mark_lengths, parts_marked
+    from sparsepass.graph import torch_private
+    from sparsepass.graph.marked import mark_lengths, parts_marked
+    from sparsepass.host import compile_time
+    from sparsepass.request import hints as task_hints
 
     ordered = _lengths(lengths)
     wanted = _hints(hints)
@@ -102,15 +104,15 @@ def warmup(
                 if dynamic:
                     mark_lengths(inputs, length)
                 parts = parts_marked(model, length) if dynamic else contextlib.nullcontext()
-                before, start = dynamo.compile_count(), time.perf_counter()
+                before, start = torch_private.compile_count(), time.perf_counter()
                 with task_hints.task(hint), parts:
                     model(**inputs)
                     _synchronize()
                 seconds = time.perf_counter() - start
-                results.append(WarmupResult(length, hint, seconds, dynamo.compile_count() - before))
+                results.append(WarmupResult(length, hint, seconds, torch_private.compile_count() - before))
                 log.info("warmup: %s, %d tokens: %.1f s, %d graphs", words, length, seconds, results[-1].graphs)
                 bar.advance(task_id)
-    _check_compiled(results, dynamo.compile_count())
+    _check_compiled(results, torch_private.compile_count())
     return results
 
 
@@ -153,8 +155,6 @@ def _default_inputs(model: Any) -> Callable[[int, int], Mapping[str, Any]]:
             f"{type(model).__name__} is no transformers model (it has no config), so warmup cannot make its inputs. "
             "Pass make_inputs=lambda length: {...}, the keyword arguments for one call at that length."
         )
-    from sparsepass.models import random_inputs
-
     keeps_last = _accepts(model, "logits_to_keep")
 
     def make(length: int, batch: int) -> dict[str, Any]:
@@ -191,3 +191,27 @@ def _bar(show: bool) -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not show or not console.is_terminal, transient=True)
+
+
+Padding = Literal["left", "right", "none"]
+
+
+def random_inputs(model: Any, *, length: int, batch: int, padding: Padding = "none") -> dict[str, Any]:
+    """Inputs for a prefill call: int64 ``input_ids`` [batch, length], and ``attention_mask`` if padded.
+
+    With padding, row ``i`` of ``batch`` has its share of up to a half padded, the first row the most; a batch of one
+    is padded by a quarter.
+    """
+    import torch
+
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(int(config.vocab_size), 4), (batch, length), generator=generator)
+    inputs: dict[str, Any] = {"input_ids": ids.to(device_of(model)), "use_cache": False}
+    if padding != "none":
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        for row in range(batch):
+            pad = length // 4 if batch == 1 else length * (batch - row - 1) // (2 * batch)
+            mask[row, slice(0, pad) if padding == "left" else slice(length - pad, length)] = 0
+        inputs["attention_mask"] = mask.to(device_of(model))
+    return inputs

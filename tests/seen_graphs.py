@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 import sparsepass
-from sparsepass.pipeline import CompiledGraph, backend
+from sparsepass.pipeline import backend
+from sparsepass.rewriting.compiled import CompiledGraph
 
 POLICY = sparsepass.Policy.from_json(
     {"version": 1, "rules": [{"task": "*", "budget": {"method": "pooled_topk", "density": 1.0, "block": 64}}]}

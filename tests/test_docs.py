@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 import sparsepass
 from examples import unmatched_site
-from sparsepass import options
-from sparsepass.cli import app
+from sparsepass.cli.commands import app
+from sparsepass.planning import options
 from sparsepass.types import TaskClass
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SOURCES = [*(ROOT / "sparsepass").glob("*.py"), *(ROOT / "kernels").glob("*.py"), *(ROOT / "patterns").glob("*.py")]
+SOURCES = [path for folder in ("sparsepass", "kernels", "patterns") for path in (ROOT / folder).rglob("*.py")]
 
 
 def text_of(document: Path) -> str:

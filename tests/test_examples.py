@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import fx
 
-from sparsepass import dynamo
+from sparsepass.graph import torch_private
 
 ROOT = Path(__file__).resolve().parent.parent
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
@@ -100,7 +100,7 @@ def test_every_example_is_listed() -> None:
 def test_example(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dynamo, "inductor", run_graph)
+    monkeypatch.setattr(torch_private, "inductor", run_graph)
     example = load(name)
     if name == "demo":
         monkeypatch.setattr(example, "DENSE_BACKEND", "eager")

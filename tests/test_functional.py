@@ -18,7 +18,7 @@ from sparsepass.functional import (
     sparse_attention,
     to_block_mask,
 )
-from sparsepass.kernels.dispatch import BlockLists
+from sparsepass.kernels.types import BlockLists
 
 T = torch.Tensor
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from examples import guard
-from sparsepass import testbed
-from sparsepass.tasks.tokens import TOKEN_TASKS
+from sparsepass.measure import testbed
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS
 
 LOOKUP, COUNT = TOKEN_TASKS[0], TOKEN_TASKS[3]
 

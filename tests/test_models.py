@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsepass
-from sparsepass import counters
+from sparsepass.rewriting import counters
 from tests.tiny import SPARSE_OPTIONS, everything_sparse, model, tokens
 
 LENGTH = 300

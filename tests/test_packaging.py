@@ -14,10 +14,20 @@ from pathlib import Path
 import pytest
 
 import sparsepass
-from sparsepass.environment import package_version
+from sparsepass.host.environment import package_version
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("hypothesis", "jsonschema", "matplotlib", "torch._inductor.compile_fx", "transformers", "triton", "typer")
+HEAVY = (
+    "hypothesis",
+    "jsonschema",
+    "matplotlib",
+    "sparsepass.cli",
+    "sparsepass.measure",
+    "torch._inductor.compile_fx",
+    "transformers",
+    "triton",
+    "typer",
+)
 
 
 def run(*command: str, where: Path = ROOT) -> str:
@@ -100,7 +110,7 @@ def test_versions_agree() -> None:
 
 @needs_install
 def test_the_command_is_installed() -> None:
-    assert package_version() in run(sys.executable, "-c", "from sparsepass.cli import main; main()", "version")
+    assert package_version() in run(sys.executable, "-c", "from sparsepass.cli.commands import main; main()", "version")
 
 
 def shipped() -> set[str]:
@@ -109,7 +119,8 @@ def shipped() -> set[str]:
     own = (path for path in (ROOT / "sparsepass").rglob("*") if path.is_file() and path.parent.name != "__pycache__")
     files = {path.relative_to(ROOT).as_posix() for path in own}
     for folder in ("kernels", "patterns"):
-        files |= {f"sparsepass/{folder}/{path.name}" for path in (ROOT / folder).glob("*") if path.is_file()}
+        inside = (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+        files |= {f"sparsepass/{path.relative_to(ROOT).as_posix()}" for path in inside}
     return files
 
 
@@ -148,7 +159,7 @@ def test_wheel_and_sdist_hold_every_file_once(tmp_path: Path) -> None:
         safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # 3.11.4 brought it
         archive.extractall(tmp_path / "unpacked", **safely)  # type: ignore[arg-type]
     assert len(packed) == len(set(packed))
-    assert {"LICENSE", "README.md", "pyproject.toml", "kernels/dispatch.py", "patterns/catalogue.py"} <= set(packed)
+    assert {"LICENSE", "README.md", "pyproject.toml", "kernels/attend/api.py", "patterns/catalogue.py"} <= set(packed)
     (source,) = (tmp_path / "unpacked").iterdir()
     run(sys.executable, "-c", BUILD, "w", str(second), where=source)
     assert wheel_files(second) == names

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from sparsepass import compile_time, dynamo, hints
 from sparsepass.errors import HintError
-from sparsepass.marked import parts_marked
+from sparsepass.graph import torch_private
+from sparsepass.graph.marked import parts_marked
+from sparsepass.host import compile_time
+from sparsepass.request import hints
 from sparsepass.types import TaskClass
 from sparsepass.warmup import WarmupError, WarmupResult, warmup
 
@@ -28,7 +30,7 @@ class Fake:
         self.calls: list[Call] = []
         self.count, self.compiles = count, compiles
         self.seen: set[tuple[InForce, int]] = set()
-        monkeypatch.setattr(dynamo, "compile_count", lambda: self.count)
+        monkeypatch.setattr(torch_private, "compile_count", lambda: self.count)
 
     def __call__(self, **inputs: Any) -> None:
         self.calls.append((hints.current_task(), inputs, torch.is_grad_enabled()))
@@ -148,7 +150,7 @@ def test_default_inputs_of_a_compiled_model(
         count += 1
         return graph.forward
 
-    monkeypatch.setattr(dynamo, "compile_count", lambda: count)
+    monkeypatch.setattr(torch_private, "compile_count", lambda: count)
     torch._dynamo.reset()
     results = warmup(compile_it(Tiny(), backend), [24, 40, 32], batch=2, dynamic=dynamic, progress=False)
     assert [r.length for r in results] == [40, 32, 24]
@@ -187,7 +189,7 @@ def test_lengths_vary_in_layers_that_are_compiled_one_by_one(
         count += 1
         return graph.forward
 
-    monkeypatch.setattr(dynamo, "compile_count", lambda: count)
+    monkeypatch.setattr(torch_private, "compile_count", lambda: count)
     model = Stacked()
     for number, layer in enumerate(model.layers):
         if wrapped:

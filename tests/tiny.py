@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sparsepass.policy import Policy
-from sparsepass.policy_rules import Rule
+from sparsepass.policies.policy import Policy
+from sparsepass.policies.rule import Rule
 from sparsepass.types import Budget
 
 SIZES: dict[str, Any] = {

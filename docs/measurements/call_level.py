@@ -32,8 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsepass
-from sparsepass import dynamo, record
-from tests.guard_calls import DENSITIES, attend, inputs, options, policy
+from sparsepass.graph import torch_private
+from sparsepass.rewriting import record
+from tests.planning.guard_calls import DENSITIES, attend, inputs, options, policy
 
 HINT, LENGTH = "multi_hop", 200
 
@@ -85,7 +86,7 @@ class Process:
             self.newest = (self.served, list(DENSITIES)[number % len(DENSITIES)], LENGTH + 1 + number // len(DENSITIES))
             call(*self.newest)
         else:
-            dynamo.forget()
+            torch_private.forget()
             self.begin()
 
     def measured(self) -> dict[str, float]:
@@ -105,7 +106,7 @@ class Process:
         started = time.perf_counter()
         gc.collect()
         return {
-            "graphs": len(dynamo.graphs_of(attend)),
+            "graphs": len(torch_private.graphs_of(attend)),
             "oldest": oldest,
             "newest": newest,
             "graph": whole,
@@ -142,18 +143,18 @@ def main() -> None:
     chosen = parser.parse_args()
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10000
     if chosen.fixed_order:
-        dynamo._keep_order_of_graphs()
+        torch_private._keep_order_of_graphs()
     process = Process(kinds if chosen.compile == "mixed" else [chosen.compile])
     table = Table(title=f"{chosen.compile}, order {'fixed' if chosen.fixed_order else 'by use'}")
-    before = dynamo.compile_count()
+    before = torch_private.compile_count()
     for index, mark in enumerate(sorted(chosen.at)):
-        while dynamo.compile_count() - before < mark:
+        while torch_private.compile_count() - before < mark:
             process.grow()
         found = process.measured()
         if not index:
             for name in ("compiled", *found):
                 table.add_column(name, justify="right")
-        table.add_row(str(dynamo.compile_count() - before), *(f"{figure:.4g}" for figure in found.values()))
+        table.add_row(str(torch_private.compile_count() - before), *(f"{figure:.4g}" for figure in found.values()))
     Console(width=140).print(table)
 
 

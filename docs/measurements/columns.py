@@ -26,8 +26,9 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparsepass.kernels import slash
-from sparsepass.kernels.dispatch import BlockLists, Visible, block_sparse_attention
+from sparsepass.kernels.attend.api import block_sparse_attention
+from sparsepass.kernels.slash import api as slash
+from sparsepass.kernels.types import BlockLists, Visible
 from sparsepass.methods import FlexPrefill, Method, PooledTopK, VerticalSlash
 from sparsepass.testing import structured_inputs
 

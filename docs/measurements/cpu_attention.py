@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from sparsepass.kernels import cpu_native
-from sparsepass.kernels.cpu import block_sparse_attention_cpu, select_blocks_cpu
+from sparsepass.kernels.attend.cpu import native as cpu_native
+from sparsepass.kernels.attend.cpu.launch import block_sparse_attention_cpu
+from sparsepass.kernels.select.cpu.topk import select_blocks_cpu
 
 FOLDER = Path(__file__).parent
 HEADS, KV_HEADS, BLOCK = 8, 2, 128

@@ -1,7 +1,7 @@
-"""Share computed by methods that follow the data, over dial and length: writes ``sparsepass/densities.json``.
+"""Share computed by methods that follow the data, over dial and length: writes ``sparsepass/methods/densities.json``.
 
     PYTHONPATH=. python docs/measurements/densities.py --error-time docs/measurements/error_time_h200.json \
-        --out sparsepass/densities.json
+        --out sparsepass/methods/densities.json
 
 Causal, structured inputs, blocks of 128 tokens. The lengths given are selected here, on the CPU; no attention runs. The
 file of ``error_time.py`` adds the lengths that it measured, and what each method costs: the density of pooled top-k
@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from sparsepass.bench import machine, ours
-from sparsepass.bench.problem import Problem, Shape, make_problem, visible_blocks
-from sparsepass.kernels.dispatch import BlockLists
+from sparsepass.kernels.types import BlockLists
+from sparsepass.measure.bench import machine, ours
+from sparsepass.measure.bench.problem import Problem, Shape, make_problem, visible_blocks
 from sparsepass.methods import Method, decode_budget, make_method
 
 BLOCK = 128

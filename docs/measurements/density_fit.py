@@ -19,11 +19,11 @@ from typing import Any
 import numpy
 import torch
 
-from sparsepass.bench import machine, ours
-from sparsepass.bench.baselines import dense_call
-from sparsepass.bench.lists import make_lists
-from sparsepass.bench.problem import Shape, listed_blocks, make_problem, visible_blocks
-from sparsepass.bench.timing import Clock, Effort, Run, summary, time_variants
+from sparsepass.measure.bench import machine, ours
+from sparsepass.measure.bench.baselines import dense_call
+from sparsepass.measure.bench.lists import make_lists
+from sparsepass.measure.bench.problem import Shape, listed_blocks, make_problem, visible_blocks
+from sparsepass.measure.bench.timing import Clock, Effort, Run, summary, time_variants
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 BLOCK = 128

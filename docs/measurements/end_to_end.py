@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsepass
-from sparsepass.inspection import versions
+from sparsepass.reports.explain import versions
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -146,7 +146,7 @@ def measure(model: Any, length: int, names: list[str], rounds: int, device: str,
 
 
 def sparsepass_recording() -> Any:
-    from sparsepass.record import recording
+    from sparsepass.rewriting.record import recording
 
     return recording()
 

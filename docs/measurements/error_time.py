@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsepass.bench import machine, ours
-from sparsepass.bench.baselines import dense_call
-from sparsepass.bench.plots import colors
-from sparsepass.bench.problem import Problem, Shape, make_problem
-from sparsepass.bench.timing import Clock, Effort, summary, time_variants
+from sparsepass.measure.bench import machine, ours
+from sparsepass.measure.bench.baselines import dense_call
+from sparsepass.measure.bench.plots import colors
+from sparsepass.measure.bench.problem import Problem, Shape, make_problem
+from sparsepass.measure.bench.timing import Clock, Effort, summary, time_variants
 from sparsepass.methods import AShape, FlexPrefill, Full, Method, PooledTopK, Threshold, TopP, VerticalSlash, XAttention
 
 SWEEPS: dict[str, tuple[Method, tuple[float, ...]]] = {

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from sparsepass.bench.machine import describe
-from sparsepass.kernels.attend_triton import attend_launches
-from sparsepass.kernels.block_map_triton import block_map_cuda, in_kernel_form
-from sparsepass.kernels.launch import run_all
+from sparsepass.kernels.attend.triton.block_map import block_map_cuda, in_kernel_form
+from sparsepass.kernels.attend.triton.launch import attend_launches
+from sparsepass.kernels.runtime.launch import run_all
 from sparsepass.kernels.scores import check_scores
 from sparsepass.kernels.spec import attend_tile, capability_of
+from sparsepass.measure.bench.machine import describe
 from sparsepass.testing import Case, Inputs
 from sparsepass.testing.accuracy import dense_error
 

@@ -26,8 +26,18 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import sparsepass
-from sparsepass import dynamo
-from tests.guard_calls import HINTS, LENGTHS, attend, budgets_of, budgets_run, expected, inputs, options, spying
+from sparsepass.graph import torch_private
+from tests.planning.guard_calls import (
+    HINTS,
+    LENGTHS,
+    attend,
+    budgets_of,
+    budgets_run,
+    expected,
+    inputs,
+    options,
+    spying,
+)
 
 
 def decorated(fn: Any, task: str, length: int) -> list[str]:
@@ -113,7 +123,7 @@ def main() -> int:
         for task in HINTS:
             for batch in (1, 2):
                 budgets_run(fn, length, task, batch)
-    started, before = time.time(), dynamo.compile_count()
+    started, before = time.time(), torch_private.compile_count()
     compiling = threading.Thread(target=compile_until, args=(done,))
     serving = [threading.Thread(target=serve, args=(seed,)) for seed in range(given.threads)]
     with spying():
@@ -124,7 +134,7 @@ def main() -> int:
         alive = compiling.is_alive()
         done.set()
         compiling.join()
-    graphs = dynamo.compile_count() - before
+    graphs = torch_private.compile_count() - before
     print(f"{made[0]} calls on {given.threads} threads, {graphs} graphs compiled meanwhile,", end=" ")
     print(f"{time.time() - started:.0f} s: {wrong.total()} wrong; the compiling thread {'lived' if alive else 'DIED'}")
     for text, count in wrong.most_common(10):

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sparsepass.bench.baselines import flex_call, forced_sdpa
-from sparsepass.bench.machine import describe
-from sparsepass.bench.problem import Problem, Shape
-from sparsepass.kernels import attend_hopper
-from sparsepass.kernels.attend_hopper import HopperTile
-from sparsepass.kernels.attend_triton import attend_launches
-from sparsepass.kernels.dispatch import BlockLists
-from sparsepass.kernels.launch import Launch, run_all
+from sparsepass.kernels.attend.hopper import launch as attend_hopper
+from sparsepass.kernels.attend.hopper.launch import HopperTile
+from sparsepass.kernels.attend.triton.launch import attend_launches
+from sparsepass.kernels.runtime.launch import Launch, run_all
+from sparsepass.kernels.types import BlockLists
+from sparsepass.measure.bench.baselines import flex_call, forced_sdpa
+from sparsepass.measure.bench.machine import describe
+from sparsepass.measure.bench.problem import Problem, Shape
 
 BLOCK = 128
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsepass.inspection import versions
-from sparsepass.kernels.dispatch import Visible, block_sparse_attention
+from sparsepass.kernels.attend.api import block_sparse_attention
+from sparsepass.kernels.types import Visible
 from sparsepass.methods import AShape
+from sparsepass.reports.explain import versions
 
 EVERYTHING = AShape(window=1 << 29, sink=0)
 

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 import sparsepass
-from sparsepass import record
-from sparsepass.coverage.count import AttentionCounter
-from sparsepass.coverage.reasons import CAPTURED_LESS, general
-from sparsepass.coverage.tiny import ABSENT, settle
-from sparsepass.inspection import graph_report, versions
-from sparsepass.policy import Policy
-from sparsepass.policy_rules import Rule
+from sparsepass.measure.coverage.count import AttentionCounter
+from sparsepass.measure.coverage.reasons import CAPTURED_LESS, general
+from sparsepass.measure.coverage.tiny import ABSENT, settle
+from sparsepass.policies.policy import Policy
+from sparsepass.policies.rule import Rule
+from sparsepass.reports.explain import graph_report, versions
+from sparsepass.rewriting import record
 from sparsepass.types import Budget, Phase
 
 VOCABULARY, HIDDEN, LENGTH, BATCH = 512, 256, 2048, 2

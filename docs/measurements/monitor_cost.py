@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparsepass.ops
-from sparsepass.inspection import versions
-from sparsepass.kernels.dispatch import Visible, block_sparse_attention
-from sparsepass.kernels.sampled import exact_lse, sampled_rows
+import sparsepass.rewriting.ops
+from sparsepass.kernels.attend.api import block_sparse_attention
+from sparsepass.kernels.mass.api import exact_lse, sampled_rows
+from sparsepass.kernels.types import Visible
 from sparsepass.methods import PooledTopK
+from sparsepass.reports.explain import versions
 
 SAMPLED = 32
 
@@ -58,13 +59,13 @@ def error(q: Tensor, k: Tensor, v: Tensor, density: float) -> float:
 
 def watched(q: Tensor, k: Tensor, v: Tensor, density: float) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, None, None, q.shape[3] ** -0.5, -1, 0, False, PooledTopK(density).text(), 0, None)
-    out: tuple[Tensor, Tensor] = sparsepass.ops.WATCHED_ATTENTION(*arguments, sampled=SAMPLED)
+    out: tuple[Tensor, Tensor] = sparsepass.rewriting.ops.WATCHED_ATTENTION(*arguments, sampled=SAMPLED)
     return out
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, density: float) -> Tensor:
     arguments = (q, k, v, None, None, q.shape[3] ** -0.5, -1, 0, False, PooledTopK(density).text(), 0, None)
-    out: Tensor = sparsepass.ops.SPARSE_ATTENTION(*arguments)
+    out: Tensor = sparsepass.rewriting.ops.SPARSE_ATTENTION(*arguments)
     return out
 
 

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsepass
-from sparsepass.inspection import versions
-from sparsepass.plan import Settings, plan_graph
-from sparsepass.policy import Policy, Rule
+from sparsepass.planning.plan import Settings, plan_graph
+from sparsepass.policies.policy import Policy, Rule
+from sparsepass.reports.explain import versions
 from sparsepass.sites import find_sites
 from sparsepass.types import Budget
 

@@ -3,9 +3,10 @@
     python docs/measurements/results.py           # rewrites what stands between the markers of both
     python docs/measurements/results.py --check   # exit status 1 if that is not what the files say
 
-The README's table is that of ``end_to_end_h200.json``. docs/results.md has one table per ``end_to_end*.json``, ``cpu_attention*.json``, ``hopper_kernel*.json``, ``error_time*.json`` and
-``density_fit*.json`` (of the scripts of these names), ``tuning_*.json`` (of ``sparsepass tune``) and ``bench_*.json``
-(of ``sparsepass bench kernel`` and ``op``), under it the command that measured it.
+The README's table is that of ``end_to_end_h200.json``. docs/results.md has one table per ``end_to_end*.json``,
+``cpu_attention*.json``, ``hopper_kernel*.json``, ``error_time*.json`` and ``density_fit*.json`` (of the scripts of
+these names), ``tuning_*.json`` (of ``sparsepass tune``) and ``bench_*.json`` (of ``sparsepass bench kernel`` and
+``op``), under it the command that measured it.
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from sparsepass.bench import machine
-from sparsepass.kernels import launch
-from sparsepass.kernels.dispatch import BlockLists, Visible, block_sparse_attention
+from sparsepass.kernels.attend.api import block_sparse_attention
+from sparsepass.kernels.runtime import launch
+from sparsepass.kernels.types import BlockLists, Visible
+from sparsepass.measure.bench import machine
 from sparsepass.methods import (
     AShape,
     FlexPrefill,
@@ -180,7 +181,7 @@ def run_part(name: str) -> None:
 
 def every_kernel() -> set[str]:
     """The kernels that the sources launch."""
-    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "kernels").rglob("*.py"))
     return {name for text in sources for name in re.findall(r"\bLaunch\(\s*([A-Za-z_]\w*),", text)}
 
 

@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsepass.functional import to_block_mask
-from sparsepass.kernels.dispatch import BlockLists, Scores, Visible, block_sparse_attention, kernel_name
-from sparsepass.kernels.dispatch_select import select_pooled_topk
-from sparsepass.kernels.reference import changed_scores, shown_by_scores
+from sparsepass.kernels.attend.api import block_sparse_attention, kernel_name
+from sparsepass.kernels.attend.reference import changed_scores, shown_by_scores
+from sparsepass.kernels.scores import Scores
+from sparsepass.kernels.select.api import select_pooled_topk
+from sparsepass.kernels.types import BlockLists, Visible
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
 LENGTHS, DENSITIES = (8192, 32768), (0.1, 0.25, 1.0)

@@ -26,13 +26,14 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsepass.kernels import rules_triton
-from sparsepass.kernels.dispatch import BlockLists, Visible, block_sparse_attention
-from sparsepass.kernels.launch import Launch, run_all
-from sparsepass.kernels.rules import Rule
-from sparsepass.kernels.rules_triton import rule_launch
-from sparsepass.kernels.select_mass_triton import MassTile, mass_launch
-from sparsepass.kernels.select_scored_triton import scored_launches
+from sparsepass.kernels.attend.api import block_sparse_attention
+from sparsepass.kernels.runtime.launch import Launch, run_all
+from sparsepass.kernels.select.rule import Rule
+from sparsepass.kernels.select.triton import lists as rules_triton
+from sparsepass.kernels.select.triton.lists import rule_launch
+from sparsepass.kernels.select.triton.mass import MassTile, mass_launch
+from sparsepass.kernels.select.triton.scored import scored_launches
+from sparsepass.kernels.types import BlockLists, Visible
 from sparsepass.methods import AShape, Method, PooledTopK, Threshold, TopP, XAttention
 from sparsepass.testing import structured_inputs
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsepass.tasks.tokens import TOKEN_TASKS, Drawn, TokenTask
-from sparsepass.tasks.tokens.drawing import IGNORED
-from sparsepass.tasks.tokens.multi_hop import HOPS
-from sparsepass.tasks.tokens.vocabulary import PAD
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS, Drawn, TokenTask
+from sparsepass.measure.tasks.tokens.drawing import IGNORED
+from sparsepass.measure.tasks.tokens.multi_hop import HOPS
+from sparsepass.measure.tasks.tokens.vocabulary import PAD
 
 PARTS = (
     "single_qa",

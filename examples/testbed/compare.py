@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsepass.calibrate.bounds import lower_bound, upper_bound
-from sparsepass.testbed import SIZES
+from sparsepass.measure.calibrate.bounds import lower_bound, upper_bound
+from sparsepass.measure.testbed import SIZES
 
 COSTS = ("flops", "bytes")
 LEARNED = 0.5

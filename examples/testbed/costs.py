@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsepass.testbed.sizes import TestbedSize
+from sparsepass.measure.testbed.sizes import TestbedSize
 
 BLOCK = 64
 """Tokens per block of the lists."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from sparsepass.tasks.tokens import TOKEN_TASKS, TokenTask
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS, TokenTask
 
 HELD_OUT = 7_000_000_000
 """Seeds from here on; training's are small numbers."""

@@ -1,4 +1,4 @@
-"""Write a checkpoint as the bfloat16 safetensors file that ``sparsepass.testbed.load`` reads."""
+"""Write a checkpoint as the bfloat16 safetensors file that ``sparsepass.measure.testbed.load`` reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from examples.testbed import checkpoint
 from examples.testbed.network import transformers_state
-from sparsepass.testbed import SIZES, weights_file
+from sparsepass.measure.testbed import SIZES, weights_file
 
 
 def main(given: Sequence[str] | None = None) -> None:

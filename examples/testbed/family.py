@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from examples.testbed import checkpoint
 from examples.testbed.network import transformers_state
-from sparsepass import testbed
-from sparsepass.kernels.dispatch import Visible, block_sparse_attention
+from sparsepass.kernels.attend.api import block_sparse_attention
+from sparsepass.kernels.types import Visible
+from sparsepass.measure import testbed
+from sparsepass.measure.testbed import SIZES
 from sparsepass.methods.base import Method
-from sparsepass.testbed import SIZES
 
 NAME = "sparsepass_testbed_family"
 

@@ -23,12 +23,12 @@ from rich.console import Console
 from examples.testbed import compare, family, frontier_plots, hidden
 from examples.testbed.costs import BLOCK, cost, parameters, visible_blocks
 from examples.testbed.evaluate import HELD_OUT
-from sparsepass.calibrate.bounds import lower_bound, upper_bound
-from sparsepass.environment import cpu_name
+from sparsepass.host.environment import cpu_name
+from sparsepass.measure.calibrate.bounds import lower_bound, upper_bound
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS, TokenTask
+from sparsepass.measure.testbed import SIZES
 from sparsepass.methods import make_method
 from sparsepass.methods.base import Method
-from sparsepass.tasks.tokens import TOKEN_TASKS, TokenTask
-from sparsepass.testbed import SIZES
 from sparsepass.types import Budget
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)

@@ -17,10 +17,10 @@ import torch
 from rich.table import Table
 
 from examples.testbed.evaluate import HELD_OUT
-from sparsepass.auto.probe import hoyer
-from sparsepass.tasks.tokens import TOKEN_TASKS, TokenTask
-from sparsepass.tasks.tokens.drawing import Random
-from sparsepass.tasks.tokens.multi_hop import HOPS
+from sparsepass.measure.auto.probe import hoyer
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS, TokenTask
+from sparsepass.measure.tasks.tokens.drawing import Random
+from sparsepass.measure.tasks.tokens.multi_hop import HOPS
 
 MEASURES = ("hoyer", "participation", "small")
 AT = 4096

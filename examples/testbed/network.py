@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sparsepass.testbed.sizes import TestbedSize
+from sparsepass.measure.testbed.sizes import TestbedSize
 
 Weights = dict[str, torch.Tensor]
 """``qkv`` [L, (H + 2 K) D, E], ``out`` [L, E, H D], ``gate_up`` [L, 2 I, E], ``down`` [L, E, I], ``norm_attention`` and

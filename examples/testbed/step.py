@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from examples.testbed.batches import PARTS, Batches, draw_batches
 from examples.testbed.network import Network, Weights
 from examples.testbed.optimizer import Optimizer
-from sparsepass.tasks.tokens import TOKEN_TASKS
-from sparsepass.tasks.tokens.drawing import IGNORED
+from sparsepass.measure.tasks.tokens import TOKEN_TASKS
+from sparsepass.measure.tasks.tokens.drawing import IGNORED
 
 
 @dataclass

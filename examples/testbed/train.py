@@ -27,7 +27,7 @@ from examples.testbed.curriculum import Curriculum
 from examples.testbed.network import Network, new_weights
 from examples.testbed.optimizer import Optimizer
 from examples.testbed.step import Pool, Step
-from sparsepass.testbed.sizes import SIZES, TestbedSize
+from sparsepass.measure.testbed.sizes import SIZES, TestbedSize
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 BACKENDS = {

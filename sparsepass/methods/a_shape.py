@@ -9,7 +9,7 @@ from sparsepass.methods.base import area_of_last, block_size, last_blocks, whole
 from sparsepass.methods.scored import ScoredMethod
 
 if TYPE_CHECKING:
-    from sparsepass.kernels.rules import Rule
+    from sparsepass.kernels.select.rule import Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,6 @@ class AShape(ScoredMethod):
         return min(1.0, seen * (2.0 - seen) + area_of_last(self.last, length, self.block) * (1.0 - seen))
 
     def rule(self) -> Rule:
-        from sparsepass.kernels.rules import Rule
+        from sparsepass.kernels.select.rule import Rule
 
         return Rule("window", float(self.window), sink=self.sink, sink_in_tokens=True, last=self.last)

@@ -12,7 +12,7 @@ from sparsepass.types import Budget
 if TYPE_CHECKING:
     import torch
 
-    from sparsepass.kernels.dispatch import BlockLists, Visible
+    from sparsepass.kernels.types import BlockLists, Visible
 
 BLOCKS = (64, 128)
 """Block sizes, in tokens, that block lists may have."""

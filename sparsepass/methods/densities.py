@@ -1,9 +1,9 @@
 """What methods that follow the data were measured to compute, and to cost, on structured inputs.
 
-``densities.json`` has, per curve (a method with its other parameters at their defaults) and length, the share computed
-at several dials; where it was timed also the density of pooled top-k that takes as long, and what of that is selection
-beyond pooled top-k's own. Dials are interpolated linearly,
-lengths in their logarithm. Rebuild it by ``docs/measurements/densities.py``.
+``methods/densities.json`` has, per curve (a method with its other parameters at their defaults) and length, the share
+computed at several dials; where it was timed also the density of pooled top-k that takes as long, and what of that is
+selection beyond pooled top-k's own. Dials are interpolated linearly, lengths in their logarithm. Rebuild it by
+``docs/measurements/densities.py``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def extra(curve: str, dial: float, length: int, *, linear: bool, effort: float =
 
 @functools.cache
 def _curves() -> dict[str, dict[int, Points]]:
-    text = resources.files("sparsepass").joinpath("densities.json").read_text(encoding="utf-8")
+    text = resources.files("sparsepass.methods").joinpath("densities.json").read_text(encoding="utf-8")
     found: dict[str, dict[int, Points]] = {}
     for one in json.loads(text)["measured"]:
         found.setdefault(one["curve"], {})[one["length"]] = tuple(tuple(point) for point in one["points"])

@@ -13,7 +13,7 @@ from sparsepass.methods.vertical_slash import sampled
 if TYPE_CHECKING:
     import torch
 
-    from sparsepass.kernels.dispatch import BlockLists, Visible
+    from sparsepass.kernels.types import BlockLists, Visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class FlexPrefill(Method):
         counter: torch.Tensor | None,
         dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        from sparsepass.kernels.flex import select_flex_prefill
+        from sparsepass.kernels.slash.flex_prefill import select_flex_prefill
 
         return select_flex_prefill(
             query,

@@ -10,7 +10,7 @@ from sparsepass.methods.base import Method
 if TYPE_CHECKING:
     import torch
 
-    from sparsepass.kernels.dispatch import BlockLists, Visible
+    from sparsepass.kernels.types import BlockLists, Visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Full(Method):
         counter: torch.Tensor | None,
         dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        from sparsepass.kernels.dispatch_select import select_scored
-        from sparsepass.kernels.rules import Rule
+        from sparsepass.kernels.select.api import select_scored
+        from sparsepass.kernels.select.rule import Rule
 
         everything = Rule("window", float(1 << 29), sink=0)  # more tokens than the kernels address
         return select_scored(query, key, scale=scale, visible=visible, rule=everything, block=None, counter=counter)

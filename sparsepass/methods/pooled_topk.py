@@ -15,7 +15,7 @@ from sparsepass.methods.heads import per_head
 if TYPE_CHECKING:
     import torch
 
-    from sparsepass.kernels.dispatch import BlockLists, Visible
+    from sparsepass.kernels.types import BlockLists, Visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class PooledTopK(Method):
         counter: torch.Tensor | None,
         dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        from sparsepass.kernels.dispatch_select import select_pooled_topk
+        from sparsepass.kernels.select.api import select_pooled_topk
 
         density: float | torch.Tensor = self.density
         if dial is not None:

@@ -1,4 +1,4 @@
-"""What the methods share whose selection is a score and a rule (``kernels/rules.py``)."""
+"""What the methods share whose selection is a score and a rule (``kernels/select/rule.py``)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sparsepass.methods.base import Method, area_of_last
 if TYPE_CHECKING:
     import torch
 
-    from sparsepass.kernels.dispatch import BlockLists, Visible
-    from sparsepass.kernels.rules import Rule
+    from sparsepass.kernels.select.rule import Rule
+    from sparsepass.kernels.types import BlockLists, Visible
 
 
 class ScoredMethod(Method):
@@ -87,7 +87,7 @@ class ScoredMethod(Method):
         counter: torch.Tensor | None,
         dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        from sparsepass.kernels.dispatch_select import select_scored
+        from sparsepass.kernels.select.api import select_scored
 
         return select_scored(
             query,

@@ -10,7 +10,7 @@ from sparsepass.methods.base import block_size, expected, last_blocks, similarit
 from sparsepass.methods.scored import ScoredMethod
 
 if TYPE_CHECKING:
-    from sparsepass.kernels.rules import Rule
+    from sparsepass.kernels.select.rule import Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Threshold(ScoredMethod):
         object.__setattr__(self, "block", block_size(self.name, self.block))
 
     def rule(self) -> Rule:
-        from sparsepass.kernels.rules import Rule
+        from sparsepass.kernels.select.rule import Rule
 
         return Rule(
             "threshold",

@@ -10,7 +10,7 @@ from sparsepass.methods.base import block_size, expected, last_blocks, share, si
 from sparsepass.methods.scored import ScoredMethod
 
 if TYPE_CHECKING:
-    from sparsepass.kernels.rules import Rule, Score
+    from sparsepass.kernels.select.rule import Rule, Score
 
 STRIDES = (4, 8, 16, 32)
 """Tokens that antidiagonal scoring may fold into one."""
@@ -48,7 +48,7 @@ class TopP(ScoredMethod):
     last: int = 0
 
     def __post_init__(self) -> None:
-        from sparsepass.kernels.rules import SCORES
+        from sparsepass.kernels.select.rule import SCORES
 
         object.__setattr__(self, "coverage", share(self.name, "coverage", self.coverage))
         if self.score not in SCORES:
@@ -72,7 +72,7 @@ class TopP(ScoredMethod):
         return 16 / self.stride if self.score == "antidiagonal" else 1.0
 
     def rule(self) -> Rule:
-        from sparsepass.kernels.rules import Rule
+        from sparsepass.kernels.select.rule import Rule
 
         return Rule(
             "coverage",

@@ -12,7 +12,7 @@ from sparsepass.methods.base import Method, block_size, share, whole
 if TYPE_CHECKING:
     import torch
 
-    from sparsepass.kernels.dispatch import BlockLists, Visible
+    from sparsepass.kernels.types import BlockLists, Visible
 
 
 def sampled(method: str, value: Any) -> int:
@@ -71,7 +71,7 @@ class VerticalSlash(Method):
         counter: torch.Tensor | None,
         dial: torch.Tensor | None = None,
     ) -> BlockLists:
-        from sparsepass.kernels.slash import select_vertical_slash
+        from sparsepass.kernels.slash.api import select_vertical_slash
 
         return select_vertical_slash(
             query,

@@ -10,7 +10,7 @@ from sparsepass.methods.scored import ScoredMethod
 from sparsepass.methods.top_p import stride_of
 
 if TYPE_CHECKING:
-    from sparsepass.kernels.rules import Rule
+    from sparsepass.kernels.select.rule import Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,6 @@ class XAttention(ScoredMethod):
         return 16 / self.stride
 
     def rule(self) -> Rule:
-        from sparsepass.kernels.rules import Rule
+        from sparsepass.kernels.select.rule import Rule
 
         return Rule("coverage", self.tau, "antidiagonal", sink=1, window=1, stride=self.stride, last=self.last)

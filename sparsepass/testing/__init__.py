@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsepass.kernels.reference import (
+from sparsepass.kernels.attend.reference import (
     block_scores_reference,
     block_sparse_attention_reference,
     listed_blocks,

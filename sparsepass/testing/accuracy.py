@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.reference import changed_scores
+from sparsepass.kernels.attend.reference import changed_scores
 from sparsepass.testing.problem import Inputs
 
 TIMES_DENSE = 2.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsepass.errors import KernelInputError
-from sparsepass.kernels.dispatch import BlockLists, Visible
+from sparsepass.kernels.types import BlockLists, Visible
 
 _CHUNK_BYTES = {"cuda": 1 << 30}
 _CHUNK_BYTES_CPU = 1 << 26

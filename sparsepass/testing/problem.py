@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.dispatch import BlockLists, Scores, Visible
-from sparsepass.kernels.reference import (
+from sparsepass.kernels.attend.reference import (
     block_sparse_attention_reference,
     listed_blocks,
     shown_by_scores,
     visible_pairs,
 )
+from sparsepass.kernels.scores import Scores
+from sparsepass.kernels.types import BlockLists, Visible
 from sparsepass.testing.lists import block_mask_of, lists_from_mask
 from sparsepass.testing.memory import laid_out, moved
 from sparsepass.testing.terms import draw_scores

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsepass.kernels.dispatch import Scores
+from sparsepass.kernels.scores import Scores
 
 TERMS = ("softcap", "slopes", "bias", "mask", "sinks")
 """The kinds of ``Case.terms``: the fields of ``Scores``."""

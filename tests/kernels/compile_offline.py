@@ -16,14 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
 
-from sparsepass.kernels.attend_hopper import LOAD_REGISTERS, HopperTile
-from sparsepass.kernels.attend_triton import attend_launches
-from sparsepass.kernels.block_map_triton import block_map_launch
-from sparsepass.kernels.launch import Launch
-from sparsepass.kernels.rules import Rule
+from sparsepass.kernels.attend.hopper.launch import LOAD_REGISTERS, HopperTile
+from sparsepass.kernels.attend.triton.block_map import block_map_launch
+from sparsepass.kernels.attend.triton.launch import attend_launches
+from sparsepass.kernels.runtime.launch import Launch
 from sparsepass.kernels.scores import Scores
-from sparsepass.kernels.select_scored_triton import scored_launches
-from sparsepass.kernels.select_triton import select_launches
+from sparsepass.kernels.select.rule import Rule
+from sparsepass.kernels.select.triton.scored import scored_launches
+from sparsepass.kernels.select.triton.topk import select_launches
 from sparsepass.kernels.spec import CUDA, Capability
 
 knobs.compilation.disable_line_info = True  # a quarter of the time, and no instruction of the kernel
@@ -88,7 +88,7 @@ def compile_hopper(tile: HopperTile, dtype: torch.dtype, *, segments: bool, kv_b
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from sparsepass.kernels.hopper_gluon import attend_hopper
+    from sparsepass.kernels.attend.hopper.kernel import attend_hopper
 
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     fixed = {

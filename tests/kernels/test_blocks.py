@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsepass.kernels.attend.reference import block_scores_reference, select_blocks_reference
 from sparsepass.kernels.blocks import blocks_per_row, cumulative_kept_blocks, list_width, visible_block_counts
-from sparsepass.kernels.reference import block_scores_reference, select_blocks_reference
 from sparsepass.testing import bands
 
 SHAPES = st.integers(1, 90).flatmap(

@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from sparsepass.kernels import attend_hopper, spec
-from sparsepass.kernels.launch import Launch
-from sparsepass.kernels.sass import disassembled, unset_descriptor
+from sparsepass.kernels import spec
+from sparsepass.kernels.attend.hopper import launch as attend_hopper
+from sparsepass.kernels.attend.hopper.sass import disassembled, unset_descriptor
+from sparsepass.kernels.runtime.launch import Launch
 from tests.kernels.compile_offline import (
     DEEP,
     compile_hopper,
@@ -49,7 +50,7 @@ if DEEP:
 def _compiler_not_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import JITFunction
 
-    from sparsepass.kernels import attend_tiles_triton
+    from sparsepass.kernels.attend.triton import kernel as attend_tiles_triton
 
     if not isinstance(attend_tiles_triton.attend, JITFunction):
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler; run these tests without it")

@@ -65,7 +65,8 @@ def test_newer_and_odd_capabilities_have_a_tile() -> None:
 
 def test_asking_does_not_import_triton() -> None:
     code = (
-        "import sys, torch; from sparsepass.kernels import spec, blocks, reference; "
+        "import sys, torch; from sparsepass.kernels import spec, blocks; "
+        "from sparsepass.kernels.attend import reference; "
         "spec.why_not(device=torch.device('cuda', 0), dtype=torch.float16, head_dim=64, capability=(9, 0)); "
         "sys.exit(any(m == 'triton' or m.startswith('triton.') for m in sys.modules) and 'triton' not in before)"
     )

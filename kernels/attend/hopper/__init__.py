@@ -1,0 +1,1 @@
+"""Attention over listed blocks on Hopper GPUs."""

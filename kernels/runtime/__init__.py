@@ -1,0 +1,1 @@
+"""Building, launching and tuning kernels."""

@@ -1,0 +1,1 @@
+"""Selecting blocks by a score and a rule."""

@@ -1,0 +1,1 @@
+"""Selecting blocks on the CPU."""

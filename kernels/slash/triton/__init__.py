@@ -1,0 +1,1 @@
+"""Selecting columns and diagonals in Triton."""

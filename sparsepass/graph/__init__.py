@@ -1,0 +1,1 @@
+"""Reads a captured graph and decides nothing."""

@@ -1,0 +1,1 @@
+"""What the machine around us gives: devices, versions, variables and files."""

@@ -1,0 +1,1 @@
+"""What a mask tensor means, read symbolically."""

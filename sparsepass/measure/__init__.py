@@ -1,0 +1,1 @@
+"""Measurements, which the command line alone imports."""

@@ -1,0 +1,1 @@
+"""What a budget kept of the attention, while serving."""

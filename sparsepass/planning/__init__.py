@@ -1,0 +1,1 @@
+"""What happens to every site, decided before anything is done."""

@@ -1,0 +1,1 @@
+"""Which budget a request may use."""
