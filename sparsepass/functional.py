@@ -148,8 +148,9 @@ def sparse_attention(
     else:
         lists = _lists(blocks)
     out, lse = block_sparse_attention(
-        query, key, value, lists, scale=factor, visible=visible, scores=scores, return_lse=return_lse
-    )
+        query, key, value, lists, scale=factor, visible=visible, scores=scores, return_lse=return_lse,
+        check_values=blocks is not None,
+    )  # fmt: skip
     return out if lse is None else (out, lse)
 
 

@@ -45,7 +45,7 @@ def test_a_mutation_is_made_and_undone(tmp_path: Path) -> None:
 def test_links_of_the_tree_stay_links(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
     assert (tree / "sparsepass" / "kernels").is_symlink()
-    assert (tree / "sparsepass" / "kernels" / "reference.py").is_file()
+    assert (tree / "sparsepass" / "kernels" / "attend" / "reference.py").is_file()
     assert not (tree / ".git").exists()
 
 

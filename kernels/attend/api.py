@@ -41,6 +41,7 @@ def block_sparse_attention(
     return_lse: bool = False,
     counter: torch.Tensor | None = None,
     implementation: str = "auto",
+    check_values: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of query [B, H, Sq, D] over the listed blocks of key [B, Hkv, Skv, D] and value [B, Hkv, Skv, Dv].
 
@@ -50,7 +51,8 @@ def block_sparse_attention(
     that sees nothing gives 0 and -inf. ``counter``: int64 [3] on the device; a launch and the computed blocks are
     added to its first two entries, with columns also the blocks that a row's columns would fill. With columns the
     result is the softmax over the union of listed blocks and columns. No host synchronization. ``implementation``:
-    one of ``implementations(device)``; one asked for by name never falls back. Raises ``KernelInputError``.
+    one of ``implementations(device)``; one asked for by name never falls back. ``check_values``: False for
+    lists that this package's selection made, whose entries need no second look on the CPU. Raises ``KernelInputError``.
     """
     check_inputs(query, key, value)
     check_visible(query, key, visible)
@@ -63,7 +65,7 @@ def block_sparse_attention(
     if is_empty(query, key, value):
         lse = _lse_of_nothing(query, scores, by_query) if return_lse else None
         return nothing_seen(query, value), lse
-    check_lists(query, key, lists)
+    check_lists(query, key, lists, check_values)
     query, key = with_head_size(query, key)
     chosen: dict[str, Any] = {} if implementation == "auto" else {"implementation": implementation}
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -136,8 +138,11 @@ def check_visible(query: torch.Tensor, key: torch.Tensor, visible: Visible) -> N
     arguments.check_segments(query, key, visible.q_segments, visible.kv_segments)
 
 
-def check_lists(query: torch.Tensor, key: torch.Tensor, lists: BlockLists) -> None:
-    """Raises ``KernelInputError`` unless lists fit the checked query and key; values on CUDA only where asked for."""
+def check_lists(query: torch.Tensor, key: torch.Tensor, lists: BlockLists, values: bool = True) -> None:
+    """Raises ``KernelInputError`` unless lists fit the checked query and key; values on CUDA only where asked for.
+
+    ``values``: whether to look at them on the CPU.
+    """
     if type(lists.skip) not in (int, float) or not 0 <= lists.skip < 1:
         raise KernelInputError(f"lists.skip is {lists.skip!r}; accepted is 0 (nothing is skipped) and up to under 1.")
     arguments.check_block_sizes(lists.q_block, lists.kv_block)
@@ -145,7 +150,7 @@ def check_lists(query: torch.Tensor, key: torch.Tensor, lists: BlockLists) -> No
     columns = lists.columns
     if columns is not None:
         arguments.check_columns(columns.num, columns.indices, query, lists.q_block)
-    if query.device.type != "cpu" and not arguments.checks_values_on_device():
+    if not (values and query.device.type == "cpu") and not arguments.checks_values_on_device():
         return
     arguments.check_list_values(lists.kv_num_blocks, lists.kv_indices, -(-key.shape[2] // lists.kv_block))
     if columns is not None:

@@ -271,14 +271,21 @@ def tensor_kind(held: Any) -> str | None:
 
     None for plain and fake tensors, parameters, and for what is no tensor.
     """
-    from torch._subclasses.fake_tensor import FakeTensor
-
     if not isinstance(held, torch.Tensor):
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(held):
         return "tensor of a torch.func transform"
-    plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
-    return None if type(held) in plain else type(held).__name__
+    kind = type(held)
+    if kind is torch.Tensor or kind in (torch.nn.Parameter, torch.nn.Buffer):
+        return None
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return None if kind is FakeTensor else kind.__name__
+
+
+def forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def holds(condition: Any) -> bool:

@@ -162,6 +162,7 @@ def _attend(
         scores=scores,
         counter=counter,
         return_lse=sampled > 0,
+        check_values=not type(method).__module__.startswith("sparsepass.methods."),
     )
     if slot not in counters.kernels:
         counters.kernels[slot] = kernel_name(query, key, value, lists, scale=scale, scores=scores)
@@ -232,6 +233,8 @@ def _dense(
 
 def refuse_derivatives(arguments: Iterable[tuple[str, Any]]) -> None:
     """Raises ``KernelInputError`` where a derivative would be lost: the kernels compute none."""
+    if not torch.is_grad_enabled() and not torch_private.forward_mode():
+        return
     for name, given in arguments:
         if not isinstance(given, torch.Tensor):
             continue
@@ -246,8 +249,9 @@ def refuse_derivatives(arguments: Iterable[tuple[str, Any]]) -> None:
 
 def _without_derivatives(operator: Any, *arguments: Any, **named: Any) -> Any:
     """The operator's autograd kernel."""
-    names = [argument.name for argument in operator._schema.arguments]
-    refuse_derivatives([*zip(names, arguments, strict=False), *named.items()])
+    if torch.is_grad_enabled() or torch_private.forward_mode():
+        names = [argument.name for argument in operator._schema.arguments]
+        refuse_derivatives([*zip(names, arguments, strict=False), *named.items()])
     with torch_private.below_autograd():
         return operator(*arguments, **named)
 

@@ -147,7 +147,10 @@ def test_refusals_say_what_was_given_and_what_is_accepted() -> None:
         (replace(good, kv_num_blocks=good.kv_num_blocks.long()), "expected int32"),
         (replace(good, kv_indices=good.kv_indices[:, :, :-1]), "expected"),
         (replace(good, mask={**mask, "q_block": 48}), "power of two"),
-        (replace(good, mask={**mask, "kv_segments": torch.zeros(1, 3, dtype=torch.int32)}), "kv_segments is"),
+        (
+            replace(good, mask={**mask, "kv_segments": torch.zeros(1, 3, dtype=torch.int32)}),
+            r"kv_segments has shape \(1, 3\); expected int32",
+        ),
         (replace(good, mask={**mask, "offset": 1 << 30}), "the kernels address up to"),
     ]
     for misuse, message in cases_of_misuse:
