@@ -115,3 +115,47 @@ def plain() -> Case:
         q_block=16, kv_block=16, left=-1, right=0, offset=0, scale=0.25, layout="bshd", segments="none",
         lists="full", shared_lists="none", bad=0, seed=3,
     )  # fmt: skip
+
+
+def _ranked(scores: Tensor, **mask: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Queries, keys and mask of two KV heads, 4 heads and blocks of 16 keys whose mean scores are ``scores`` [2, n]."""
+    k = torch.zeros(1, 2, scores.shape[1] * 16, 16)
+    k[0, :, :, 0] = scores.repeat_interleave(16, dim=1)
+    q = torch.zeros(1, 4, k.shape[2], 16)
+    q[..., 0] = 1.0
+    given = {"scale": 1.0, "left": -1, "right": -1, "offset": 0, "q_block": 16, "kv_block": 16}
+    return q, k, {**given, "q_segments": None, "kv_segments": None, **mask}
+
+
+def _listed(q: Tensor, k: Tensor, mask: dict[str, Any], density: float = 0.5) -> Tensor:
+    counts, indices = select_blocks_cpu(q, k, **mask, density=density)
+    wanted = select_blocks_reference(q, k, **mask, density=density)
+    blocks = k.shape[2] // 16
+    assert torch.equal(listed_blocks(counts, indices, blocks), listed_blocks(*wanted, blocks))
+    return listed_blocks(counts, indices, blocks)
+
+
+RANKS = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7], [7.0, 6, 5, 4, 3, 2, 1, 0]])
+
+
+def test_heads_rank_by_the_keys_of_their_own_group() -> None:
+    listed = _listed(*_ranked(RANKS))
+    assert listed[0, 0, 1].tolist() == [True, True, False, False, False, False, True, True]
+    assert listed[0, 1].equal(listed[0, 0])
+    assert listed[0, 2, 6].tolist() == [True, True, False, False, False, True, True, False]
+
+
+def test_padded_keys_are_in_no_mean() -> None:
+    """Half of block 2 is padding with great values; of its own keys it is the least."""
+    segments = torch.zeros(1, 128, dtype=torch.int32)
+    segments[0, 40:48] = -1
+    q, k, mask = _ranked(RANKS, kv_segments=segments)
+    k[0, :, 40:48, 0] = 1000.0
+    k[0, :, 32:40, 0] = -5.0
+    assert not _listed(q, k, mask)[0, :, 7, 2].any()
+
+
+def test_a_block_whose_score_is_nan_ranks_last() -> None:
+    q, k, mask = _ranked(RANKS)
+    k[0, :, 50, 0] = float("nan")
+    assert not _listed(q, k, mask)[0, :, 7, 3].any()
