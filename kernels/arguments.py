@@ -122,6 +122,21 @@ def check_segments(
     return q_segments, kv_segments
 
 
+def check_cumulative(cu_seqlens: Tensor) -> None:
+    """Raises ``KernelInputError`` where cumulative lengths [n + 1] decrease; on CUDA only where asked for."""
+    if torch.compiler.is_dynamo_compiling():
+        return  # there are no values yet
+    if cu_seqlens.device.type != "cpu" and not (cu_seqlens.is_cuda and checks_values_on_device()):
+        return
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+    if len(falls):
+        at = int(falls[0])
+        raise KernelInputError(
+            f"cu_seqlens falls from {int(cu_seqlens[at])} to {int(cu_seqlens[at + 1])} at entry {at + 1}; accepted are "
+            "cumulative lengths, which never decrease."
+        )
+
+
 def check_band(left: Any, right: Any, offset: Any) -> None:
     """Raises ``KernelInputError`` unless the sides are whole numbers from -1 on, and the offset is one."""
     if type(left) is type(right) is type(offset) is int and left >= -1 and right >= -1 and abs(offset) < MAX_TOKENS:

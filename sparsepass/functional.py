@@ -10,7 +10,7 @@ import torch
 
 from sparsepass.errors import KernelInputError
 from sparsepass.graph import torch_private
-from sparsepass.kernels.arguments import check_block_sizes, check_list_values, check_tensor
+from sparsepass.kernels.arguments import check_block_sizes, check_cumulative, check_list_values, check_tensor
 from sparsepass.kernels.attend.api import block_sparse_attention, check_inputs, is_empty, visible_blocks
 from sparsepass.kernels.scores import Scores
 from sparsepass.kernels.select.api import select_pooled_topk
@@ -33,6 +33,7 @@ def segments_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Ten
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; accepted is one dimension of at least two entries, "
             "0 first: the cumulative lengths of the packed sequences."
         )
+    check_cumulative(cu_seqlens)
     places = torch.arange(length, device=cu_seqlens.device)
     numbers = torch.searchsorted(cu_seqlens.to(torch.int64), places, right=True) - 1
     inside = (places < cu_seqlens[-1]) & (numbers >= 0)

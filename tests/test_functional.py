@@ -77,6 +77,8 @@ def test_packed_sequences_equal_each_alone() -> None:
 def test_segments_from_cumulative_lengths() -> None:
     numbers = segments_from_cu_seqlens(torch.tensor([0, 2, 2, 5]), 7)
     assert numbers.tolist() == [[0, 0, 2, 2, 2, -1, -1]]
+    with pytest.raises(KernelInputError, match="falls from 5 to 2 at entry 2"):
+        segments_from_cu_seqlens(torch.tensor([0, 5, 2, 7]), 7)
 
 
 def test_queries_that_are_a_suffix_of_the_keys() -> None:

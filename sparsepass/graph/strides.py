@@ -27,7 +27,12 @@ _MOST_READERS = 8
 
 
 def lies_alike(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of the same sizes have the same strides. In a dimension of size 1 a stride means nothing."""
+    """Whether two tensors of the same sizes have the same strides.
+
+    In a dimension of size 1 a stride means nothing, and where a size is 0 none does: there is nothing to read.
+    """
+    if any(same_size(size, 0) for size in left.shape):
+        return True
     pairs = zip(left.shape, left.stride(), right.stride(), strict=True)
     return all(same_size(size, 1) or same_size(one, other) for size, one, other in pairs)
 

@@ -159,3 +159,20 @@ def test_a_block_whose_score_is_nan_ranks_last() -> None:
     q, k, mask = _ranked(RANKS)
     k[0, :, 50, 0] = float("nan")
     assert not _listed(q, k, mask)[0, :, 7, 3].any()
+
+
+def test_padded_tokens_are_no_part_of_the_means(plain: Case) -> None:
+    """One real token in a block of padding says what the block is like, of keys and of queries."""
+    q, k = torch.zeros(1, 1, 160, 16), torch.zeros(1, 1, 160, 16)
+    q_segments, kv_segments = torch.zeros(1, 160, dtype=torch.int32), torch.zeros(1, 160, dtype=torch.int32)
+    q[..., 0] = 1.0
+    for block, real, padded in ((3, 5.0, -9.0), (5, -5.0, 9.0)):
+        tokens = slice(16 * block, 16 * block + 16)
+        k[0, 0, tokens, 0], kv_segments[0, tokens] = padded, -1
+        k[0, 0, tokens.start + 7, 0], kv_segments[0, tokens.start + 7] = real, 0
+    k[0, 0, 96:112, 1] = 9.0  # what the padded queries of the last block look for
+    q[0, 0, 144:, 1], q_segments[0, 144:] = 9.0, -1
+    q[0, 0, 150, 1], q_segments[0, 150] = 0.0, 0
+    mask = {**plain.tensors().mask, "right": -1, "q_segments": q_segments, "kv_segments": kv_segments}
+    counts, indices = select_blocks_cpu(q, k, **mask, density=0.4)
+    assert indices[0, 0, -1, : counts[0, 0, -1]].tolist() == [0, 3, 8, 9]
