@@ -4,6 +4,7 @@
 # make matrix  run the fast tests over the supported versions of torch and Python that can be had here, and print a
 #              table; run it again to go on (ARGS="--only 2.14" for some, --pythons PATH ... for interpreters)
 # make mutations    which of a hundred one-line mutations the tests notice (hours; goes on where it was)
+# make sanitize     the C++ kernels under the address and undefined-behavior sanitizers, over random problems (minutes)
 # make clean   remove .venv and the caches of the tools
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or newer), VENV=path the environment,
@@ -24,7 +25,7 @@ else
 export HYPOTHESIS_PROFILE ?= ci
 endif
 
-.PHONY: demo test matrix checks lint types warm mutations clean
+.PHONY: demo test matrix checks lint types warm mutations sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -56,6 +57,9 @@ warm: $(VENV)/.test
 
 mutations: $(VENV)/.test
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/mutations.py --jobs $(WORKERS) $(ARGS)
+
+sanitize: $(VENV)/.test
+	$(BIN)/python .ci/sanitize.py $(ARGS)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with venv is needed; name one: make PYTHON=/path/to/python3.12"; exit 1; }

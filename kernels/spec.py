@@ -119,7 +119,7 @@ def attend_tile(
     """The tile for a dtype and head size on a CUDA target; 10 stands for what is newer.
 
     ``v_head_dim``: that of the values where it differs. ``terms``: 0, 1 for a soft cap, a mask tensor or sinks, 2 for
-    slopes or a bias.
+    slopes or a bias, 3 for a bias and a mask tensor.
     """
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     largest = max(head_dim, v_head_dim)
@@ -130,9 +130,13 @@ def attend_tile(
     if size == 576:
         return AttendTile(32, 32, 8, 2 if major == 8 else 1, 16, 1, dim_step=512)
     if v_head_dim <= 128 < head_dim <= 192:
+        if major == 9 and terms == 3:
+            return AttendTile(128, 64, 8, 2, 16, 1)
         return AttendTile(64, 32, 8, 2, 16, 1) if major == 8 and terms else LATENT_TILES[major]
     if major == 8 and 64 < largest < 128:  # the masks of padded dimensions take registers
         return AttendTile(64, 32, 8, 2, 16, 2 - min(terms, 1))
+    if (major, size, terms) == (8, 128, 3):  # two addresses for every pair
+        return AttendTile(64, 32, 8, 3, 16, 1)
     return TERM_TILES[major, size] if terms > (0 if 64 < largest < 128 else 1) else HALF_TILES[major, size]
 
 

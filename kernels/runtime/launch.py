@@ -12,6 +12,9 @@ from sparsepass.errors import KernelInputError
 from sparsepass.kernels.arguments import MAX_TOKENS
 from sparsepass.kernels.blocks import ceil_div
 
+MAX_GRID = (1 << 16) - 1
+"""CUDA's limit of a grid's second and third size; of the first it is 2**31 - 1."""
+
 NO_LIMIT = 1 << 30
 """An unbounded side of a band, small enough that position plus limit stays inside int32."""
 
@@ -46,6 +49,11 @@ class Launch(NamedTuple):
 
     def run(self) -> Any:
         """Launches, compiling first if need be; returns the compiled kernel (None under the interpreter)."""
+        if max(self.grid[1:], default=0) > MAX_GRID:
+            raise KernelInputError(
+                f"{self.kernel.__name__} would run on a grid of {self.grid}; CUDA takes up to {MAX_GRID} in the second "
+                "and third size, which are blocks of queries, heads or the batch. Split the batch."
+            )
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 

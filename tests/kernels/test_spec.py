@@ -58,7 +58,7 @@ def test_newer_and_odd_capabilities_have_a_tile() -> None:
     for capability in ((8, 6), (8, 9), (12, 0)):
         for dtype in spec.CUDA.dtypes:
             for head_dim, v_head_dim in ((8, 8), (16, 16), (72, 72), (160, 160), (192, 128), (256, 256), (576, 512)):
-                for terms in (0, 1, 2):
+                for terms in (0, 1, 2, 3):
                     tile = attend_tile(dtype, head_dim, capability, v_head_dim=v_head_dim, terms=terms)
                     assert tile.num_warps >= 4
 

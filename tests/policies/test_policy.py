@@ -26,6 +26,7 @@ from sparsepass.policies.policy import (
     resolve_policy,
 )
 from sparsepass.policies.rule import Ranges, Rule
+from sparsepass.rewriting.ops import text_for
 from sparsepass.types import DENSE, Budget, LengthBucket, TaskClass
 
 K = 1024
@@ -105,6 +106,15 @@ def test_buckets_partition_all_lengths(edges: list[int], length: int) -> None:
     assert [bucket for bucket in policy.buckets if length in bucket] == [policy.bucket(length)]
     highs = {bucket.high for bucket in policy.buckets}
     assert highs == {*POWERS, *edges, None}
+
+
+def test_an_edge_is_the_last_length_of_its_bucket() -> None:
+    """As a policy has it, and as the op reads it from the text of several buckets."""
+    for length in (4096, 4097):
+        text = text_for("4096=pooled_topk:0.1;*=pooled_topk:0.2", length)
+        assert text == ("pooled_topk:0.1" if length in LengthBucket(0, 4096) else "pooled_topk:0.2")
+        assert (length in LengthBucket(4096, None)) is (length == 4097)
+        assert text_for("dense", length) == "dense"
 
 
 def test_length_under_one_has_no_bucket() -> None:

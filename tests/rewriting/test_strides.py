@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sparsepass
 from sparsepass.errors import GraphInvariantError
 from sparsepass.graph.strides import lies_alike, restoring
 from sparsepass.rewriting.ops import SPARSE_ATTENTION
@@ -199,3 +200,24 @@ def test_memory_is_read_as_captured_on_cuda(attention: Callable[[T, T, T], T], r
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
     assert got.stride() == want.stride()
     assert seen.sparse == 1
+
+
+def test_empty_tensors_in_later_calls_give_what_eager_gives() -> None:
+    """A batch of 0 has strides of its own, which nobody can read anything by."""
+
+    def attend(q: T, k: T, v: T) -> T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    compiled = torch.compile(attend, backend="sparsepass", options={"sparsepass.inductor": False})
+    with sparsepass.task("single_qa"):
+        for batch, number, q_len, kv_len in ((2, 2, 2048, 2048), (3, 2, 2048, 2048), *EMPTY):
+            q = torch.randn(batch, number, q_len, 16)
+            k, v = torch.randn(2, batch, number, kv_len, 16).unbind()
+            out = compiled(q, k, v)
+            assert out.shape == q.shape
+            if 0 in (batch, number, q_len, kv_len):
+                torch.testing.assert_close(out, attend(q, k, v))
+
+
+EMPTY = ((0, 2, 2048, 2048), (2, 0, 2048, 2048), (2, 2, 0, 2048), (2, 2, 64, 0), (0, 2, 0, 0))
+"""Batch, heads, queries and keys of calls that follow others."""

@@ -174,6 +174,7 @@ def attend_launches(
             tile = tile_for(q.device, q.dtype, head_dim)
         else:  # what was tuned was neither
             terms = 2 if skips or scores.slopes is not None or scores.bias is not None else int(scores.given)
+            terms = 3 if scores.bias is not None and scores.mask is not None else terms
             tile = attend_tile(q.dtype, head_dim, capability_of(q.device), v_head_dim=v_head_dim, terms=terms)
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None

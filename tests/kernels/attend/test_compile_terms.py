@@ -53,6 +53,12 @@ def test_all_terms_compile_without_spills(
     compile_terms(monkeypatch, capability, torch.bfloat16, sizes, TERMS)
 
 
+@pytest.mark.parametrize("terms", [("bias", "mask"), ("slopes", "bias")], ids=" ".join)
+def test_some_terms_compile_without_spills(monkeypatch: pytest.MonkeyPatch, terms: tuple[str, ...]) -> None:
+    """Where a bias and a mask meet, the tile is another; what is added alone must fit the greater one."""
+    compile_terms(monkeypatch, (8, 0), torch.bfloat16, (128, 128), terms)
+
+
 SLOW = [
     (target, terms, sizes, dtype)
     for target in spec.CUDA.capabilities

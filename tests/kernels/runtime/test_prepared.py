@@ -5,14 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from sparsepass.errors import KernelInputError
 from sparsepass.kernels.runtime.launch import Launch
 from sparsepass.kernels.runtime.prepared import Prepared
 
 
 class Recorder:
     """Stands for a kernel of parameters (a, factor, out) and for its compiled form."""
+
+    __name__ = "recorder"
 
     def __init__(self) -> None:
         self.params = [SimpleNamespace(name=name) for name in ("a", "factor", "out")]
@@ -61,3 +65,14 @@ def test_room_keeps_its_strides() -> None:
     assert result is not None
     assert result.stride() == (1, 2)
     assert result.tolist() == [[3.0] * 3] * 2
+
+
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 70_000)], ids=str)
+def test_a_grid_that_cuda_does_not_take_is_named(grid: tuple[int, ...]) -> None:
+    """A batch of windows is soon longer than a grid's second and third size may be; the first may be longer."""
+    x, kernel = torch.ones(2), Recorder()
+    arguments = {"a": x, "factor": 2, "out": x.clone()}
+    with pytest.raises(KernelInputError, match=r"grid of .*up to 65535"):
+        Launch(kernel, grid, arguments, {}).run()
+    Launch(kernel, (70_000, 65535), arguments, {}).run()
+    assert kernel.grids == [(70_000, 65535)]
