@@ -49,17 +49,28 @@ def check_tensor(name: str, x: Any, shape: Sequence[tuple[int, ...]], dtype: tor
     """
     if not isinstance(x, Tensor):
         raise KernelInputError(f"{name} is of type {type(x).__name__}; accepted is a {dtype} tensor on {device}.")
-    have = tuple(x.shape)
-    if len(have) != len(shape) or not all(n in known if known else n > 0 for n, known in zip(have, shape, strict=True)):
+    if not _fits(x.shape, shape):
         wanted = ", ".join(
             " or ".join(str(n) for n in sorted(set(known), reverse=True)) or "1 or more" for known in shape
         )
-        short = str(dtype).removeprefix("torch.")
-        raise KernelInputError(f"{name} has shape {have}; expected {short} [{wanted}].")
+        raise KernelInputError(f"{name} has shape {tuple(x.shape)}; expected {_short(dtype)} [{wanted}].")
     if x.dtype != dtype or x.device != device or x.layout != torch.strided:
         kind = "" if x.layout == torch.strided else f"{x.layout} "
-        short = str(dtype).removeprefix("torch.")
-        raise KernelInputError(f"{name} is {kind}{x.dtype} on {x.device}; expected {short} on {device}.")
+        raise KernelInputError(f"{name} is {kind}{x.dtype} on {x.device}; expected {_short(dtype)} on {device}.")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fits(have: Sequence[int], shape: Sequence[tuple[int, ...]]) -> bool:
+    if len(have) != len(shape):
+        return False
+    # A generator would take twice as long, and this runs at every call.
+    for n, known in zip(have, shape, strict=True):  # noqa: SIM110
+        if n not in known if known else n < 1:
+            return False
+    return True
 
 
 def check_block_sizes(q_block: Any, kv_block: Any) -> None:
@@ -71,30 +82,11 @@ def check_block_sizes(q_block: Any, kv_block: Any) -> None:
 
 def check_lists(num: Any, indices: Any, query: Tensor, q_block: int) -> None:
     """Raises ``KernelInputError`` unless lists fit: int32 [B or 1, H or 1, nq] and [..., width] on query's device."""
-    batch, heads, q_len, _ = query.shape
-    if _fit(num, indices, batch, heads, ceil_div(q_len, q_block), query.device):  # nearly always: it is quick
-        return
-    first = ((batch, 1), (heads, 1), (ceil_div(q_len, q_block),))
+    batch, heads = query.shape[:2]
+    first = ((batch, 1), (heads, 1), (ceil_div(query.shape[2], q_block),))
     check_tensor("kv_num_blocks", num, first, torch.int32, query.device)
     same = [(n,) for n in num.shape]
     check_tensor("kv_indices", indices, (*same, ()), torch.int32, query.device)
-
-
-def _fit(num: Any, indices: Any, batch: int, heads: int, rows: int, device: torch.device) -> bool:
-    """Whether block lists are what ``check_lists`` accepts."""
-    if not (isinstance(num, Tensor) and isinstance(indices, Tensor)) or num.dim() != 3 or indices.dim() != 4:
-        return False
-    shape = num.shape
-    return bool(
-        num.dtype == indices.dtype == torch.int32
-        and num.device == indices.device == device
-        and num.layout == indices.layout == torch.strided
-        and (shape[0] == batch or shape[0] == 1)
-        and (shape[1] == heads or shape[1] == 1)
-        and shape[2] == rows
-        and indices.shape[:3] == shape
-        and indices.shape[3] > 0
-    )
 
 
 def check_columns(num: Any, indices: Any, query: Tensor, q_block: int) -> None:

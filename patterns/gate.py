@@ -9,11 +9,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from sparsepass.graph.canonical import CanonicalGraph
+from sparsepass.graph.canonical import CanonicalGraph, called_name
 from sparsepass.graph.sizes import shape
 from sparsepass.patterns.axes import Axes, Dims
 from sparsepass.patterns.below import Below
-from sparsepass.patterns.score_chain import node_name
 
 
 def with_gate(view: CanonicalGraph, softmax: fx.Node, below: Below, axes: Axes, dims: Dims) -> Below:
@@ -21,7 +20,7 @@ def with_gate(view: CanonicalGraph, softmax: fx.Node, below: Below, axes: Axes, 
     scores = view.resolve(view.ops[softmax].operands[0])
     others = [user for user in view.users(scores) if user is not softmax] if isinstance(scores, fx.Node) else []
     outputs = view.users(below.output)
-    if len(others) != 1 or node_name(others[0]) != "logsumexp" or len(outputs) != 1:
+    if len(others) != 1 or called_name(others[0]) != "logsumexp" or len(outputs) != 1:
         return below
     lse, gated = others[0], outputs[0]
     axis = lse.args[1] if len(lse.args) > 1 else lse.kwargs.get("dim")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sparsepass.graph.canonical import CanonicalGraph, Operand, value
+from sparsepass.graph.canonical import CanonicalGraph, Operand, called_name, value
 from sparsepass.graph.sizes import shape
 from sparsepass.patterns.products import is_product
-from sparsepass.patterns.score_chain import leads_to_product, node_name
+from sparsepass.patterns.score_chain import leads_to_product
 
 MOST_NODES = 96
 """Nodes looked at above one softmax, so that the cost stays linear in the graph."""
@@ -99,7 +99,7 @@ def _overlapping(found: Origin) -> bool:
     if found.assembled is None:
         return False
     return any(
-        all(any(node_name(one) in _OVERLAPS for one in _above(found.view, operand, 6)) for operand in pair)
+        all(any(called_name(one) in _OVERLAPS for one in _above(found.view, operand, 6)) for operand in pair)
         for pair in (_operands(found.view, product) for product in found.products)
     )
 
@@ -108,9 +108,9 @@ def _sorted(found: Origin) -> bool:
     """An operand of a product is picked from the tokens in the order of a sort."""
     for product in found.products[:1]:
         for operand in _operands(found.view, product):
-            for picked in (one for one in _above(found.view, operand, 32) if node_name(one) in _PICKS):
+            for picked in (one for one in _above(found.view, operand, 32) if called_name(one) in _PICKS):
                 index = picked.all_input_nodes[-1]
-                if any(node_name(one) in _SORTS for one in _above(found.view, index, 12)):
+                if any(called_name(one) in _SORTS for one in _above(found.view, index, 12)):
                     return True
     return False
 

@@ -89,7 +89,7 @@ def _step(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
         return Step(Kind.TANH, node), view.resolve(op.operands[0])
     reader = _READERS.get(op.name)
     if reader is None:
-        reader = _limit if node_name(node) in ("max", "maximum", "clamp", "clamp_min", "clip") else None
+        reader = _limit if called_name(node) in ("max", "maximum", "clamp", "clamp_min", "clip") else None
     if reader is not None:
         return reader(view, node)
     raise _not_understood(view, node)
@@ -105,7 +105,7 @@ def _not_understood(view: CanonicalGraph, node: fx.Node) -> Unclear:
     why = "is not understood between the product of queries and keys and the softmax"
     if view.ops[node].name in PRODUCTS:
         why = "is no product of two activations of three dimensions or more"
-    return NoProduct(f"'{node_name(node)}' (node {node.name!r}) {why}", node)
+    return NoProduct(f"'{called_name(node)}' (node {node.name!r}) {why}", node)
 
 
 def _scale(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
@@ -171,7 +171,7 @@ def _row_maximum(view: CanonicalGraph, node: fx.Node, scores: Operand) -> tuple[
     ):
         node = view.resolve(node.args[0])
         inside.append(node)
-    if node_name(node) not in _LAST or not node.all_input_nodes:
+    if called_name(node) not in _LAST or not node.all_input_nodes:
         return None
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
@@ -232,7 +232,7 @@ def _check_known(view: CanonicalGraph, node: fx.Node, scores: Operand, fill: Ope
 
 def _limit(view: CanonicalGraph, node: fx.Node) -> tuple[Step, Operand]:
     """A floor that only hidden scores can reach."""
-    name = node_name(node)
+    name = called_name(node)
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("other"))
     high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
     number = number_of(low)
@@ -275,7 +275,7 @@ def leads_to_product(view: CanonicalGraph, node: fx.Node) -> bool:
         name = view.ops[node].name
         if name in _VIEWS or name == "tanh":
             operands = view.ops[node].operands[:1]
-        elif name in _READERS or node_name(node) in ("max", "maximum", "clamp", "clamp_min"):
+        elif name in _READERS or called_name(node) in ("max", "maximum", "clamp", "clamp_min"):
             operands = view.ops[node].operands
         else:
             continue
@@ -296,7 +296,7 @@ def number_of(operand: Operand) -> float | None:
         return float(operand)
     if not isinstance(operand, fx.Node) or shape(operand) or not isinstance(value(operand), torch.Tensor):
         return None
-    name = node_name(operand)
+    name = called_name(operand)
     if name in ("zeros", "ones", "new_zeros", "new_ones"):
         return float(name.endswith("ones"))
     place = {"full": 1, "new_full": 2, "tensor": 0, "scalar_tensor": 0, "as_tensor": 0, "new_tensor": 1}.get(name)
@@ -319,8 +319,3 @@ def of_the_model(view: CanonicalGraph, node: fx.Node) -> bool:
         elif one.op != "get_attr":
             pending += one.all_input_nodes
     return False
-
-
-def node_name(node: fx.Node) -> str:
-    """The function or method that a node calls."""
-    return called_name(node)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsepass.graph.canonical import CanonicalGraph, Op, Operand, is_scalar, value
+from sparsepass.graph.canonical import CanonicalGraph, Op, Operand, called_name, is_scalar, value
 from sparsepass.graph.sizes import same_size, shape
 from sparsepass.patterns.axes import Atom, Axes, Dims, NotRegrouped
 from sparsepass.patterns.below import Below, read_below
@@ -24,7 +24,7 @@ from sparsepass.patterns.known import known_spelling
 from sparsepass.patterns.pattern import Attention, Match, NearMiss, Pattern, Term, used_outside
 from sparsepass.patterns.products import Product, product_of
 from sparsepass.patterns.repeat_kv import both_without_repeat
-from sparsepass.patterns.score_chain import Chain, Kind, NoProduct, Step, Unclear, node_name, read_chain
+from sparsepass.patterns.score_chain import Chain, Kind, NoProduct, Step, Unclear, read_chain
 from sparsepass.types import Skip
 
 
@@ -97,7 +97,7 @@ class _Assembly:
         """Takes in every step; returns the dims that the softmax sees."""
         dims, reading = product.out, self.reading
         reading.scale = product.alpha
-        if product.added is not None and node_name(product.added) != "zeros":
+        if product.added is not None and called_name(product.added) != "zeros":
             reading.terms.append((product.added, self.axes.seen(shape(product.added), dims), product.beta))
         for step in self.chain.steps:
             if reading.sink is not None and step.kind is not Kind.NOTHING:
@@ -345,7 +345,7 @@ class _Assembly:
             wanted = [self.axes.size(dim) for dim in groups]
             if _same_sizes(shape(users[0]), wanted) and all(len(dim) <= 1 for dim in self.axes.of(groups)):
                 return users[0], ()
-        if any(node_name(user) in ("view", "view_as") for user in node.users):
+        if any(called_name(user) in ("view", "view_as") for user in node.users):
             steps = (*steps, ("contiguous",))  # the op lays heads out behind positions; such a view may not be possible
         return node, steps
 

@@ -186,9 +186,7 @@ def called(node: fx.Node) -> Any:
     ``torch.ops.aten.softmax.int`` is ``torch.softmax``: exported programs are written so.
     """
     target = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and "aten::" in str(
-        _schema_name(target)
-    ):
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and "aten::" in _schema_name(target):
         return _aten(target)
     return node.args[1] if target is getattr and node.args[1] in (*_SWAPS, *_ALL_SWAPS) else target
 

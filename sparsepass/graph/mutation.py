@@ -42,12 +42,8 @@ _FRESH = frozenset(
 """Operations whose result shares no memory with their operands. Any other is taken to share."""
 
 
-def _name(node: fx.Node) -> str:
-    return called_name(node)
-
-
 def _is_fresh(node: fx.Node) -> bool:
-    name = _name(node)
+    name = called_name(node)
     if name.startswith("__") and name.endswith("__"):
         name = name[2:-2]
     return node.op in ("call_function", "call_method") and (name in _FRESH or f"{name}_" in _FRESH)
@@ -62,7 +58,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
     """The operands that ``node`` changes."""
     if node.op not in ("call_function", "call_method"):
         return
-    name = _name(node)
+    name = called_name(node)
     operands = [operand for operand in node.all_input_nodes if _holds_tensor(operand)]
     if isinstance(node.target, torch._ops.OpOverload):
         if node.target._schema.is_mutable:

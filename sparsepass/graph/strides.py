@@ -102,7 +102,7 @@ def restoring(captured: torch.Tensor) -> Steps | None:
         cut = (("narrow", len(order) - 1, 0, sizes[-1]),)
     inverse = tuple(order.index(dim) for dim in range(len(order)))
     filled: Steps = ((torch.constant_pad_nd, (0, width - sizes[-1])),) if cut else (("contiguous",),)
-    if list(inverse) == order == sorted(order):
+    if order == sorted(order):
         return (*filled, *cut)
     return (("permute", tuple(order)), *filled, *cut, ("permute", inverse))
 

@@ -11,13 +11,9 @@ import re
 from torch import fx
 
 from sparsepass.graph import torch_private
-from sparsepass.graph.canonical import value
+from sparsepass.graph.canonical import called_name, value
 
 _NESTING = re.compile(r"_(vmap|grad|jvp|func)_(in|de)crement_nesting")
-
-
-def node_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
 def grad_modes(graph: fx.Graph, start: bool) -> dict[fx.Node, bool]:
@@ -25,7 +21,7 @@ def grad_modes(graph: fx.Graph, start: bool) -> dict[fx.Node, bool]:
     mode, modes = start, dict[fx.Node, bool]()
     outside: dict[fx.Node, bool] = {}
     for node in graph.nodes:
-        name = node_name(node) if node.op == "call_function" else ""
+        name = called_name(node) if node.op == "call_function" else ""
         if name == "_set_grad_enabled":
             mode = bool(node.args[0])
         elif name == "_enter_inference_mode":
@@ -42,7 +38,7 @@ def left_alone(graph: fx.Graph) -> dict[fx.Node, str]:
     reasons: dict[fx.Node, str] = {}
     levels: list[str] = []
     for node in graph.nodes:
-        nesting = _NESTING.fullmatch(node_name(node)) if node.op == "call_function" else None
+        nesting = _NESTING.fullmatch(called_name(node)) if node.op == "call_function" else None
         if nesting is not None and nesting[2] == "in":
             levels.append(nesting[1])
         elif nesting is not None and levels:

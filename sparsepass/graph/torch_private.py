@@ -283,9 +283,9 @@ def tensor_kind(held: Any) -> str | None:
     return None if kind is FakeTensor else kind.__name__
 
 
-def forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open."""
-    return torch.autograd.forward_ad._current_level >= 0
+def derivatives_wanted() -> bool:
+    """Whether gradients are recorded, or a level of forward-mode differentiation is open."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0
 
 
 def holds(condition: Any) -> bool:

@@ -233,7 +233,7 @@ def _dense(
 
 def refuse_derivatives(arguments: Iterable[tuple[str, Any]]) -> None:
     """Raises ``KernelInputError`` where a derivative would be lost: the kernels compute none."""
-    if not torch.is_grad_enabled() and not torch_private.forward_mode():
+    if not torch_private.derivatives_wanted():
         return
     for name, given in arguments:
         if not isinstance(given, torch.Tensor):
@@ -249,7 +249,7 @@ def refuse_derivatives(arguments: Iterable[tuple[str, Any]]) -> None:
 
 def _without_derivatives(operator: Any, *arguments: Any, **named: Any) -> Any:
     """The operator's autograd kernel."""
-    if torch.is_grad_enabled() or torch_private.forward_mode():
+    if torch_private.derivatives_wanted():  # the names take longer than the check
         names = [argument.name for argument in operator._schema.arguments]
         refuse_derivatives([*zip(names, arguments, strict=False), *named.items()])
     with torch_private.below_autograd():

@@ -5,8 +5,7 @@ those whose every pair is visible. Then comes the attention; its main loop, whic
 mask at all. There are two implementations of it: ``hopper`` (Gluon, ``kernels/attend/hopper/launch.py``) and ``triton``
 for all other GPUs and for the inputs that the first does not take. Last, inf and NaN values from masked blocks are
 brought to the rows that see them; that finds nothing to do unless there are any. Conventions of shapes, bands, segments
-and
-lists: ``kernels/attend/reference.py``.
+and lists: ``kernels/attend/reference.py``.
 """
 
 from __future__ import annotations
@@ -173,8 +172,9 @@ def attend_launches(
         if head_dim == v_head_dim and not scores.given and not skips:
             tile = tile_for(q.device, q.dtype, head_dim)
         else:  # what was tuned was neither
-            terms = 2 if skips or scores.slopes is not None or scores.bias is not None else int(scores.given)
-            terms = 3 if scores.bias is not None and scores.mask is not None else terms
+            both = scores.bias is not None and scores.mask is not None
+            added = skips or scores.slopes is not None or scores.bias is not None
+            terms = 3 if both else 2 if added else int(scores.given)
             tile = attend_tile(q.dtype, head_dim, capability_of(q.device), v_head_dim=v_head_dim, terms=terms)
     out = q.new_empty(batch, q_len, heads, v_head_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
